@@ -1,0 +1,36 @@
+# Each target creates .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATA ?=
+
+.PHONY: demo test check bench clean
+
+demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo DATA=/path/to/folder
+	$(BIN)/python -m cache_builder.demo --out demo $(if $(DATA),--data "$(DATA)")
+
+test: $(INSTALLED)  ## the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)  ## every benchmark, each prints its table
+	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+$(VENV): $(INSTALLED)  ## only the environment
+
+$(INSTALLED): pyproject.toml deploy/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "patchcache needs Python 3.11 or newer; pass one: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint deploy/constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:  ## what the targets made
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,512 @@
+"""The table of commands.
+
+Results go to stdout, everything else to stderr; `--json` prints what a script may read. Exit
+status: 0 done, 1 failed, 2 wrong usage. Every command imports what it needs when it runs, so that
+`patchcache --help` answers at once and the trainer never loads a tokenizer.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cache_builder import __version__
+from cache_builder.errors import ConfigError, PatchCacheError
+
+app = typer.Typer(
+    name="patchcache",
+    help="Fit patch codebooks, cache per-patch targets, serve them, train ViTs from them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Images = Annotated[
+    str,
+    typer.Option(
+        help="A folder with a subfolder per class, a flat folder, or WebDataset tars "
+        "(`train-{000..146}.tar`)."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Run on this Ray cluster; by default on this machine's cores."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Ray actors; by default one per CPU of the cluster.")
+]
+GpusPerWorker = Annotated[float, typer.Option(min=0, help="GPU share of each actor.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Weights file of the feature model, if it is not where the codebook says."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Set up logging."""
+    if version:
+        print(f"patchcache {__version__}")
+        raise typer.Exit
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(message)s" if not verbose else "%(asctime)s %(name)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    for chatty in ("ray", "httpx", "PIL", "zarr", "asyncio", "numcodecs", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@app.command()
+def fit(
+    images: Images,
+    out: Annotated[Path, typer.Option(help="Where the codebook goes.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of centroids.")] = 8192,
+    features: Annotated[
+        str,
+        typer.Option(help="pixel, open_clip:MODEL[@PRETRAINED|PATH] or timm:MODEL[@PATH]."),
+    ] = "pixel",
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of a view, pixels; pixel: 224, else the model's."),
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of a patch; pixel: 16, else the model's.")
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Which map of the model. open_clip ViT: ln_post or proj; ResNet: stem, layer1 .. "
+            "layer4; timm: last or a number."
+        ),
+    ] = None,
+    features_arg: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the model, e.g. pad_type=same.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="R,G,B in [0, 1]; default the model's.")] = None,
+    std: Annotated[str | None, typer.Option(help="R,G,B in [0, 1]; default the model's.")] = None,
+    weights: Annotated[
+        Literal["pretrained", "random"], typer.Option(help="`random` needs an explicit --seed.")
+    ] = "pretrained",
+    metric: Annotated[Literal["l2", "cosine"], typer.Option(help="Distance of features.")] = "l2",
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Patches to fit to; default 256 per centroid.")
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Most k-means iterations.")] = 20,
+    restarts: Annotated[int, typer.Option(min=1, help="Fits, of which the best is kept.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of every random choice; default 0.")] = None,
+    device: Device = "auto",
+    ray_address: RayAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a codebook to the patches of images.
+
+    Example: `patchcache fit --images photos/ -k 8192 --out codebook.safetensors`
+    """
+    from cache_builder import fit as job
+    from cache_builder.console import FitProgress
+    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.tokenizers.features import FeatureOptions
+
+    if weights == "random" and seed is None:
+        raise ConfigError("--weights random needs an explicit --seed.")
+    feature_options = FeatureOptions(
+        features=features,
+        image_size=image_size,
+        patch_size=patch_size,
+        layer=layer,
+        mean=_triple("--mean", mean),
+        std=_triple("--std", std),
+        model_args=_model_args(features_arg),
+        random_weights_seed=seed if weights == "random" else None,
+    )
+    with FitProgress(iterations * restarts) as progress:
+        summary = job.run(
+            job.FitOptions(
+                images=images,
+                out=out,
+                k=k,
+                features=feature_options,
+                metric=metric,
+                sample=sample,
+                iterations=iterations,
+                restarts=restarts,
+                seed=seed or 0,
+                device=device,
+                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+            ),
+            job.Progress(progress.sampled, progress.iterated),
+        )
+    from cache_builder.inspection import describe_codebook
+
+    if as_json:
+        _print_json(describe_codebook(summary.codebook))
+        return
+    _print_lines(
+        f"codebook     {out}",
+        f"fingerprint  {summary.codebook.fingerprint}",
+        f"centroids    {k:,} of {summary.codebook.dim} values, fitted to "
+        f"{summary.codebook.header.num_points:,} patches of "
+        f"{summary.codebook.header.num_images:,} images"
+        + (f" ({summary.num_skipped} could not be decoded)" if summary.num_skipped else ""),
+        f"usage        {summary.usage.num_used:,} centroids used, "
+        f"perplexity {summary.usage.perplexity:,.0f}",
+        *_held_out_line(summary.held_out_mse, summary.held_out_psnr),
+        f"next         patchcache build --images {images} --codebook {out} --views 4 --out cache/",
+    )
+
+
+@app.command()
+def build(
+    images: Images,
+    codebook: Annotated[Path, typer.Option(help="What `patchcache fit` wrote.")],
+    out: Annotated[Path, typer.Option(help="The cache, a directory.")],
+    views: Annotated[int, typer.Option(min=1, help="Crops per image; the first is centred.")] = 1,
+    scale: Annotated[str, typer.Option(help="LOW,HIGH share of the picture in a crop.")] = "0.2,1",
+    ratio: Annotated[str, typer.Option(help="LOW,HIGH width / height of a crop.")] = "3/4,4/3",
+    hflip: Annotated[float, typer.Option(min=0, max=1, help="Share of mirrored crops.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the crops.")] = 0,
+    layout: Annotated[
+        Literal["webdataset", "zarr"], typer.Option(help="Tars or one Zarr group.")
+    ] = "webdataset",
+    images_in_cache: Annotated[
+        Literal["original", "resized", "none"],
+        typer.Option(help="The source's bytes, re-encoded smaller ones, or none."),
+    ] = "original",
+    resized_short_side: Annotated[
+        int, typer.Option(min=1, help="Of `resized` images, pixels.")
+    ] = 256,
+    jpeg_quality: Annotated[int, typer.Option(min=1, max=100, help="Of `resized` images.")] = 92,
+    unit_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per shard; default 64 to 1,024.")
+    ] = None,
+    device: Device = "auto",
+    weights: Weights = None,
+    ray_address: RayAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0,
+    as_json: Json = False,
+) -> None:
+    """Tokenise every image into a cache; the same command continues a build that was stopped.
+
+    Example: `patchcache build --images photos/ --codebook codebook.safetensors --out cache/`
+    """
+    from cache_builder import build as job
+    from cache_builder.console import BuildProgress, size_text
+    from cache_builder.ray_jobs import ClusterOptions
+
+    with BuildProgress(views) as progress:
+        summary = job.run(
+            job.BuildOptions(
+                images=images,
+                codebook=codebook,
+                out=out,
+                num_views=views,
+                scale=_pair("--scale", scale),
+                ratio=_pair("--ratio", ratio),
+                hflip=hflip,
+                seed=seed,
+                layout=layout,
+                images_in_cache=images_in_cache,
+                resized_short_side=resized_short_side,
+                jpeg_quality=jpeg_quality,
+                unit_size=unit_size,
+                device=device,
+                weights=weights,
+                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+            ),
+            progress.unit_done,
+        )
+    manifest = summary.manifest
+    if as_json:
+        _print_json(
+            {
+                "cache": str(out),
+                "fingerprint": manifest.fingerprint,
+                "num_samples": manifest.num_samples,
+                "num_views": manifest.num_samples * views,
+                "num_skipped": manifest.num_skipped,
+                "num_shards": len(manifest.shards),
+                "num_units_kept": summary.num_units_kept,
+                "bytes": manifest.bytes,
+            }
+        )
+        return
+    kept = f", {summary.num_units_kept} of them kept from before" if summary.num_units_kept else ""
+    skipped = f"{manifest.num_skipped:,}" + (
+        f", with reasons in {out / 'skipped.jsonl'}" if manifest.num_skipped else ""
+    )
+    _print_lines(
+        f"cache        {out}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"images       {manifest.num_samples:,}, {views} views each, "
+        f"{manifest.grid[0]} x {manifest.grid[1]} token ids per view",
+        f"skipped      {skipped}",
+        f"size         {size_text(manifest.bytes)} in {len(manifest.shards)} shards{kept}",
+        f"next         patchcache verify {out} --retokenize 100",
+        f"             patchcache train beit_drop --cache {out} --out run/",
+    )
+
+
+@app.command()
+def verify(
+    cache: Annotated[Path, typer.Argument(help="A finished cache.")],
+    retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
+    images: Annotated[
+        str | None, typer.Option(help="Where the images of a cache without images lie now.")
+    ] = None,
+    device: Device = "auto",
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Check every digest, count, key and id of a cache, and tokenise a sample again.
+
+    Example: `patchcache verify cache/ --retokenize 100`
+    """
+    from cache_builder import verify as job
+    from cache_builder.console import Steps
+
+    with Steps("verifying", "units") as progress:
+        report = job.run(
+            cache,
+            retokenize=retokenize,
+            images=images,
+            device=device,
+            weights=weights,
+            progress=progress.update,
+        )
+    again = report.retokenized
+    if as_json:
+        _print_json({**report._asdict(), "retokenized": again._asdict() if again else None})
+    else:
+        lines = [
+            f"files        {report.num_files:,} digested",
+            f"samples      {report.num_samples:,}, and {report.num_skipped:,} skipped",
+        ]
+        if again:
+            lines.append(
+                f"retokenised  {again.num_images:,} images, {again.num_tokens:,} token ids: "
+                f"{again.num_different:,} different, {again.num_near_ties:,} near ties"
+            )
+        lines += [f"damage       {problem}" for problem in report.problems]
+        lines.append("result       " + ("damaged" if report.problems else "whole"))
+        _print_lines(*lines)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A codebook, cache, shard or checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a codebook, a cache, a shard or a checkpoint holds.
+
+    Example: `patchcache inspect cache/`
+    """
+    from cache_builder.console import print_description
+
+    if path.suffix == ".pt":
+        from trainer import checkpoint
+
+        description: Any = checkpoint.describe(path)
+    else:
+        from cache_builder import inspection
+
+        description = inspection.describe(path)
+    if as_json:
+        _print_json(description)
+    else:
+        print_description(description)
+
+
+@app.command()
+def serve(
+    codebook: Annotated[Path, typer.Option(help="What `patchcache fit` wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    device: Device = "auto",
+    weights: Weights = None,
+) -> None:
+    """Tokenise images over HTTP.
+
+    Example: `patchcache serve --codebook codebook.safetensors --port 8000`
+    """
+    from tokenizers_svc import serve as service
+
+    service.run(codebook, host=host, port=port, device=device, weights=weights)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe of ours (beit, beit_drop) or a .toml.")],
+    cache: Annotated[Path, typer.Option(help="A finished cache.")],
+    out: Annotated[Path, typer.Option(help="Where checkpoints and logs go.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="a.b=value; may be given many times.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Pre-train a ViT from a cache; the same command continues a run that was stopped.
+
+    Example: `patchcache train beit_drop --cache cache/ --out run/ --set run.steps=1000`
+    """
+    from trainer import train as job
+    from trainer.config import load_config
+
+    summary = job.run(load_config(recipe, assignments or []), cache, out)
+    if as_json:
+        _print_json({k: str(v) if isinstance(v, Path) else v for k, v in summary._asdict().items()})
+        return
+    _print_lines(*job.summary_lines(summary))
+
+
+@app.command()
+def probe(
+    checkpoint: Annotated[Path, typer.Argument(help="What `patchcache train` wrote.")],
+    cache: Annotated[
+        Path | None, typer.Option(help="A labelled cache; default the one trained on.")
+    ] = None,
+    test_cache: Annotated[
+        Path | None, typer.Option(help="Test on this cache; default a fifth of the first.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Where the images of a cache without images lie now.")
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Use no more samples.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure frozen features by k-NN and linear probe, beside a random initialisation.
+
+    Example: `patchcache probe run/checkpoints/step_00001000.pt`
+    """
+    from trainer import evaluate
+
+    result = evaluate.probe(
+        checkpoint,
+        cache_path=cache,
+        test_cache=test_cache,
+        images=images,
+        max_samples=max_samples,
+        device=device,
+    )
+    if as_json:
+        _print_json(result._asdict())
+    else:
+        _print_lines(*evaluate.result_lines(result))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="What `patchcache train` wrote.")],
+    out: Annotated[Path, typer.Option(help="A .safetensors file.")],
+) -> None:
+    """Write the pre-trained ViT as a state dict that timm loads strictly.
+
+    Example: `patchcache export run/checkpoints/step_00001000.pt --out vit.safetensors`
+    """
+    from trainer import checkpoint as checkpoints
+
+    call = checkpoints.export(checkpoint, out)
+    _print_lines(f"weights  {out}", f"load     {call}")
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    with _one_line_errors():
+        app()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except PatchCacheError as exc:
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        print(f"patchcache {command}: {exc}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as exc:
+        extra = _EXTRA_OF_COMMAND.get(next(iter(sys.argv[1:]), ""), "all")
+        print(
+            f"patchcache needs '{exc.name}', which is not installed. "
+            f"Run: pip install 'patchcache[{extra}]'",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+_EXTRA_OF_COMMAND = {
+    "fit": "build", "build": "build", "verify": "build", "inspect": "build",
+    "serve": "serve", "train": "train", "probe": "train", "export": "train",
+}  # fmt: skip
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def _print_lines(*lines: str) -> None:
+    print("\n".join(lines))
+
+
+def _held_out_line(mse: float | None, psnr_db: float | None) -> list[str]:
+    if mse is None:
+        return []
+    return [f"held out     MSE {mse:.4g}" + (f", PSNR {psnr_db:.2f} dB" if psnr_db else "")]
+
+
+def _numbers(option: str, text: str, count: int) -> list[float]:
+    try:
+        values = [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        values = []
+    if len(values) != count:
+        raise ConfigError(f"{option} takes {count} numbers with commas between, not {text!r}.")
+    return values
+
+
+def _pair(option: str, text: str) -> tuple[float, float]:
+    low, high = _numbers(option, text, 2)
+    return low, high
+
+
+def _triple(option: str, text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    red, green, blue = _numbers(option, text, 3)
+    return red, green, blue
+
+
+def _model_args(assignments: list[str] | None) -> dict[str, Any]:
+    args = {}
+    for assignment in assignments or []:
+        name, equals, text = assignment.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"--features-arg takes NAME=VALUE, not {assignment!r}.")
+        try:
+            args[name] = json.loads(text)
+        except ValueError:
+            args[name] = text
+    return args
+
+
+if __name__ == "__main__":
+    main()

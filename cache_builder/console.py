@@ -1,0 +1,177 @@
+"""What a person sees while a command runs and when it ends: progress bars and tables.
+
+Drawn on stderr, so that stdout holds results alone. Without a terminal the bars print one line
+every few seconds instead.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Self
+
+from pydantic import JsonValue
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cache_builder.build import UnitReport
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Steps:
+    """Progress of one kind of thing, with its rate and the time that is left."""
+
+    def __init__(self, title: str, noun: str) -> None:
+        """Name the work (`verifying`) and what it counts (`units`)."""
+        self._title, self._noun = title, noun
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._started_s = time.monotonic()
+        self._last_line_s = self._started_s
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Stop drawing."""
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` are done."""
+        elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
+        note = note or f"{done / elapsed_s:,.0f} {self._noun}/s"
+        if self._console.is_terminal:
+            if self._task is None:
+                self._task = self._progress.add_task(self._title, total=total, note=note)
+            self._progress.update(self._task, completed=done, total=total, note=note)
+        elif time.monotonic() - self._last_line_s > _SECONDS_BETWEEN_LINES:
+            self._last_line_s = time.monotonic()
+            left_s = elapsed_s / max(done, 1) * (total - done)
+            print(
+                f"{self._title} {done:,}/{total:,} {self._noun}, {note}, eta {left_s:,.0f} s",
+                file=sys.stderr,
+            )
+
+
+class FitProgress:
+    """Sampling, then iterations."""
+
+    def __init__(self, num_iterations: int) -> None:
+        """Take the largest number of iterations of all restarts together."""
+        self._num_iterations = num_iterations
+        self._num_done = 0
+        self._sampling = Steps("sampling", "images")
+        self._fitting = Steps("k-means", "iterations")
+
+    def __enter__(self) -> Self:
+        """Start with the sampling."""
+        self._sampling.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Stop what is drawn."""
+        (self._fitting if self._num_done else self._sampling).__exit__(*exc_info)
+
+    def sampled(self, done: int, total: int) -> None:
+        """Images have been sampled."""
+        self._sampling.update(done, total)
+
+    def iterated(self, iteration: int, objective: float) -> None:
+        """An iteration is over."""
+        if not self._num_done:
+            self._sampling.__exit__()
+            self._fitting.__enter__()
+        self._num_done += 1
+        note = f"iteration {iteration}, mean squared distance {objective:,.4g}"
+        self._fitting.update(self._num_done, self._num_iterations, note)
+
+
+class BuildProgress(Steps):
+    """Images, views and bytes per second of a build."""
+
+    def __init__(self, num_views: int) -> None:
+        """Take the number of views per image."""
+        super().__init__("building", "images")
+        self._num_views = num_views
+        self._num_seen = self._num_built = self._num_skipped = self._bytes = 0
+        self._first_s = time.monotonic()
+
+    def unit_done(self, report: "UnitReport", total: int) -> None:
+        """Count a finished unit; the rate is that of what this run built."""
+        self._num_seen += report.num_samples + report.num_skipped
+        self._num_skipped += report.num_skipped
+        if not report.was_there:
+            self._num_built += report.num_samples
+            self._bytes += report.bytes
+        rate = self._num_built / max(time.monotonic() - self._first_s, 1e-9)
+        per_second = self._bytes / max(time.monotonic() - self._first_s, 1e-9)
+        self.update(
+            self._num_seen,
+            total,
+            f"{rate:,.0f} images/s {rate * self._num_views:,.0f} views/s "
+            f"{size_text(per_second)}/s, {self._num_skipped} skipped",
+        )
+
+
+def print_description(description: dict[str, JsonValue]) -> None:
+    """Print nested values as a two-column table on stdout."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _flatten("", description):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def size_text(num_bytes: float) -> str:
+    """Return a size as a person reads it: 1.5 MB, powers of ten."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def _flatten(prefix: str, value: JsonValue) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flatten(f"{prefix}.{name}".lstrip("."), inner)
+    elif isinstance(value, list):
+        yield prefix, ", ".join(_text(item) for item in value) or "-"
+    else:
+        yield prefix, _text(value)
+
+
+def _text(value: JsonValue) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    return str(value) or "-"

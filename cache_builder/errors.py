@@ -1,0 +1,50 @@
+"""Every exception of ours: one class for each thing a caller can do about it.
+
+    PatchCacheError              a mistake that a user can mend; the CLI prints it as one line
+    +-- ConfigError              an argument or setting is wrong: change the command
+    +-- MissingDependencyError   an optional library is not installed: install the extra
+    +-- SourceError              images cannot be listed or read: mend the source, run again
+    +-- ArtifactError            a file on disk is damaged, unfinished or of another version
+    |   +-- FormatVersionError   it was written by a newer patchcache: upgrade
+    +-- TokenizerMismatchError   two fingerprints differ: tokens of two tokenizers would mix
+    +-- ImageError               one image cannot be decoded: the build records it and goes on
+    +-- NotFiniteError           training diverged: the message names the batch
+
+Anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class PatchCacheError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class ConfigError(PatchCacheError):
+    """An argument, option or setting is wrong."""
+
+
+class MissingDependencyError(PatchCacheError):
+    """An optional library is needed and not installed."""
+
+
+class SourceError(PatchCacheError):
+    """Images cannot be listed, named or read."""
+
+
+class ArtifactError(PatchCacheError):
+    """A codebook, cache or checkpoint is damaged, unfinished or not what it claims to be."""
+
+
+class FormatVersionError(ArtifactError):
+    """A file was written by a newer version of patchcache than this one."""
+
+
+class TokenizerMismatchError(PatchCacheError):
+    """Two artifacts come from two different tokenizers."""
+
+
+class ImageError(PatchCacheError):
+    """One image cannot be decoded or tokenised; the message is the reason."""
+
+
+class NotFiniteError(PatchCacheError):
+    """Training met a loss or gradient that is not finite."""

@@ -1,0 +1,22 @@
+"""Everything that lies on disk. Light: numpy, pydantic and safetensors, no framework."""
+
+from cache_builder.formats.cache import TokenCache
+from cache_builder.formats.codebook import Codebook, ExtractorSpec, Metric, PixelRule
+from cache_builder.formats.manifest import CacheManifest, CacheSpec, ShardInfo
+from cache_builder.formats.sample import CachedSample
+from cache_builder.formats.views import View, ViewSpec, draw_views
+
+__all__ = [
+    "CacheManifest",
+    "CacheSpec",
+    "CachedSample",
+    "Codebook",
+    "ExtractorSpec",
+    "Metric",
+    "PixelRule",
+    "ShardInfo",
+    "TokenCache",
+    "View",
+    "ViewSpec",
+    "draw_views",
+]

@@ -1,0 +1,161 @@
+"""The one reader of finished caches, whichever layout they have."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+
+from cache_builder.errors import ArtifactError, TokenizerMismatchError
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.manifest import (
+    CacheManifest,
+    UnitRecord,
+    read_model,
+    unit_record_path,
+)
+from cache_builder.formats.sample import CachedSample
+from cache_builder.formats.shards import TarShard, shard_path
+from cache_builder.formats.zarr_store import ZarrShard
+
+_MAX_OPEN_SHARDS = 64
+
+
+class Shard(Protocol):
+    """The samples of one unit."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Sample keys, in order."""
+
+    def read(self, row: int) -> CachedSample:
+        """Return one sample."""
+
+    def close(self) -> None:
+        """Release the files."""
+
+
+class TokenCache:
+    """A finished cache, read sample by sample in any order.
+
+    A sample has a place (shard, row), and an index that counts through the shards. Shards are
+    opened when first read, and the least recently read are closed again. One object belongs to
+    one thread; a process that forks gives each child its own.
+    """
+
+    def __init__(self, path: Path, manifest: CacheManifest) -> None:
+        """Keep the manifest; call `open` to get one from disk."""
+        self.path = path
+        self.manifest = manifest
+        self._starts = [0, *accumulate(shard.num_samples for shard in manifest.shards)]
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a cache.
+
+        Raises:
+            ArtifactError: The build has not finished, or the manifest is damaged.
+        """
+        path = Path(path)
+        return cls(path, CacheManifest.load(path))
+
+    @cached_property
+    def codebook(self) -> Codebook:
+        """The codebook that the token ids belong to, from the copy in the cache.
+
+        Raises:
+            TokenizerMismatchError: The copy is another tokenizer's.
+        """
+        path = self.path / self.manifest.codebook.path
+        codebook = Codebook.load(path)
+        if codebook.fingerprint != self.manifest.fingerprint:
+            raise TokenizerMismatchError(
+                f"{path} is tokenizer {codebook.fingerprint}, but the token ids in {self.path} "
+                f"come from {self.manifest.fingerprint}. Put the right codebook back."
+            )
+        return codebook
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.manifest.num_samples
+
+    def __getitem__(self, index: int) -> CachedSample:
+        """Return the sample that `index` counts to."""
+        return self.read(*self.place(index))
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Return (shard, row) of a sample index.
+
+        Raises:
+            IndexError: No such sample.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a cache of {len(self)}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - self._starts[shard]
+
+    def read(self, shard: int, row: int) -> CachedSample:
+        """Return one sample by its place.
+
+        Raises:
+            ArtifactError: The shard is damaged, or its targets have another shape than it says.
+        """
+        sample = self.shard(shard).read(row)
+        shape = self.manifest.spec.tokens_shape
+        if sample.token_ids.shape != shape or sample.token_ids.dtype != np.uint16:
+            raise ArtifactError(
+                f"{self.path}: token ids of {sample.key} are {sample.token_ids.shape} "
+                f"{sample.token_ids.dtype}, expected {shape} uint16. "
+                f"Run `patchcache verify {self.path}`."
+            )
+        return sample
+
+    def read_shard(self, index: int, skip: int = 0) -> Iterator[CachedSample]:
+        """Yield the samples of one shard in order, from the `skip`-th on."""
+        for row in range(skip, len(self.shard(index))):
+            yield self.read(index, row)
+
+    def shard(self, index: int) -> Shard:
+        """Return one shard, opened."""
+        shard = self._open.get(index)
+        if shard is None:
+            shard = self._open_shard(index)
+            self._open[index] = shard
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                _, oldest = self._open.popitem(last=False)
+                oldest.close()
+        else:
+            self._open.move_to_end(index)
+        return shard
+
+    def close(self) -> None:
+        """Close every open shard."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        """Return the cache."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close every open shard."""
+        self.close()
+
+    def _open_shard(self, index: int) -> Shard:
+        info = self.manifest.shards[index]
+        if self.manifest.spec.layout == "zarr":
+            return ZarrShard(self.path, self.manifest.spec, index, info.num_samples)
+        record = read_model(UnitRecord, unit_record_path(self.path, index))
+        if len(record.samples) != info.num_samples:
+            raise ArtifactError(
+                f"{self.path}: unit {index} lists {len(record.samples)} samples, the manifest "
+                f"says {info.num_samples}. Run `patchcache verify {self.path}`."
+            )
+        return TarShard(shard_path(self.path, index), record)

@@ -1,0 +1,304 @@
+"""The codebook: centroids and where they come from, in one `.safetensors` file.
+
+The file holds two tensors, `centroids` (M, K, D) and `counts` (M, K), and one metadata entry,
+`patchcache`, whose value is the JSON of `CodebookHeader`. M is the number of residual stages, 1
+for plain k-means. Pixel codebooks are uint8, so that every distance is an exact integer and a
+token is the same on every device; feature codebooks are float32.
+
+Two digests are kept apart. The *digest* names the centroids alone. The *fingerprint* names the
+tokenizer: pixel rule, feature extractor with the digest of its weights, and codebook. How the
+centroids were fitted is recorded beside them and belongs to neither.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cache_builder import files
+from cache_builder.errors import ArtifactError, FormatVersionError
+from cache_builder.formats.views import Interpolation
+
+FORMAT_VERSION = 1
+MAX_VOCAB_SIZE = 65_535  # id 65,535 marks "absent" in uint16 token arrays
+
+Metric = Literal["l2", "cosine"]
+
+_METADATA_KEY = "patchcache"
+
+
+class PixelRule(BaseModel, frozen=True, extra="forbid"):
+    """What a tokenizer does to a view before it looks at it."""
+
+    size: int = Field(224, gt=0, description="side of the resized view, pixels")
+    patch_size: int = Field(16, gt=0, description="side of the pixels of one token")
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = Field((0.0, 0.0, 0.0), description="of RGB in [0, 1]")
+    std: tuple[float, float, float] = Field((1.0, 1.0, 1.0), description="of RGB in [0, 1]")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of token ids."""
+        return (self.size // self.patch_size, self.size // self.patch_size)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.size % self.patch_size:
+            raise ValueError(
+                f"image size {self.size} is not a multiple of patch size {self.patch_size}"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {self.std}")
+        return self
+
+
+class ExtractorSpec(BaseModel, frozen=True, extra="forbid"):
+    """Which patch features are quantised. `weights` says where the weights were found."""
+
+    id: str = Field(description="`pixel`, `open_clip:MODEL` or `timm:MODEL`")
+    layer: str = Field("", description="which map of the model; empty for pixels")
+    args: dict[str, JsonValue] = Field(default_factory=dict, description="model arguments")
+    weights_digest: str = Field("", description="SHA-256 of the weights; empty for pixels")
+    weights: str = Field("", description="pretrained tag or file; not part of the identity")
+
+    def identity(self) -> dict[str, JsonValue]:
+        """Return the fields that change what the extractor computes."""
+        return {
+            "id": self.id,
+            "layer": self.layer,
+            "args": dict(self.args),
+            "weights_digest": self.weights_digest,
+        }
+
+
+class CodebookHeader(BaseModel, frozen=True, extra="forbid"):
+    """Everything about a codebook but the numbers."""
+
+    format_version: int = FORMAT_VERSION
+    metric: Metric
+    pixel_rule: PixelRule
+    extractor: ExtractorSpec
+    digest: str
+    fingerprint: str
+    num_points: int = Field(0, ge=0, description="patches that the centroids were fitted to")
+    num_images: int = Field(0, ge=0, description="images that those patches come from")
+    objective: tuple[float, ...] = Field((), description="mean squared distance per iteration")
+    fit: dict[str, JsonValue] = Field(default_factory=dict, description="settings of the fit")
+    quality: dict[str, JsonValue] = Field(default_factory=dict, description="measured values")
+    versions: dict[str, str] = Field(default_factory=dict, description="library versions")
+
+
+class Codebook:
+    """Centroids, their counts and their provenance.
+
+    Attributes:
+        centroids: (M, K, D) uint8 (pixels, 0..255) or float32 (features).
+        counts: (M, K) int64, how many sampled patches fell to each centroid.
+        header: Provenance and identity.
+    """
+
+    def __init__(
+        self,
+        centroids: NDArray[Any],
+        counts: NDArray[np.int64],
+        *,
+        metric: Metric,
+        pixel_rule: PixelRule,
+        extractor: ExtractorSpec,
+        **provenance: Any,
+    ) -> None:
+        """Name the centroids by digest and fingerprint.
+
+        Args:
+            centroids: (M, K, D) uint8 or float32.
+            counts: (M, K) int64.
+            metric: `l2` or `cosine`.
+            pixel_rule: What happens to a view before the extractor.
+            extractor: Which features the centroids live among.
+            **provenance: `num_points`, `num_images`, `objective`, `fit`, `quality`, `versions`.
+
+        Raises:
+            ArtifactError: Wrong shapes or types, K > 65,535, or values that are not finite.
+        """
+        self.centroids = centroids
+        self.counts = counts
+        _check_arrays(centroids, counts)
+        digest = _digest(centroids, metric)
+        self.header = CodebookHeader(
+            metric=metric,
+            pixel_rule=pixel_rule,
+            extractor=extractor,
+            digest=digest,
+            fingerprint=_fingerprint(pixel_rule, extractor, digest),
+            **provenance,
+        )
+
+    @property
+    def metric(self) -> Metric:
+        """`l2` or `cosine`."""
+        return self.header.metric
+
+    @property
+    def extractor(self) -> ExtractorSpec:
+        """Which features the centroids live among."""
+        return self.header.extractor
+
+    @property
+    def pixel_rule(self) -> PixelRule:
+        """What happens to a view before the extractor."""
+        return self.header.pixel_rule
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokenizer, SHA-256 in hexadecimal."""
+        return self.header.fingerprint
+
+    @property
+    def num_stages(self) -> int:
+        """M, residual stages; a patch gets M ids."""
+        return int(self.centroids.shape[0])
+
+    @property
+    def vocab_size(self) -> int:
+        """K, centroids per stage."""
+        return int(self.centroids.shape[1])
+
+    @property
+    def dim(self) -> int:
+        """D, length of a centroid."""
+        return int(self.centroids.shape[2])
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content; the same codebook gives the same bytes."""
+        header = files.canonical_json(self.header.model_dump(mode="json")).decode()
+        tensors = {
+            "centroids": np.ascontiguousarray(self.centroids),
+            "counts": np.ascontiguousarray(self.counts),
+        }
+        content: bytes = save(tensors, metadata={_METADATA_KEY: header})
+        return content
+
+    def save(self, path: str | Path) -> None:
+        """Write the codebook, whole or not at all."""
+        files.publish(Path(path), self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a codebook and check that it is what it says.
+
+        Raises:
+            FormatVersionError: The file was written by a newer version.
+            ArtifactError: The file is missing, damaged, or its digest or fingerprint is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ArtifactError(
+                f"There is no codebook at {path}. Make one with `patchcache fit --out {path}`."
+            )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                text = metadata.get(_METADATA_KEY)
+                if text is None:
+                    raise ArtifactError(
+                        f"{path} is a safetensors file but not a codebook: it has no "
+                        f"`{_METADATA_KEY}` header. Pass a file that `patchcache fit` wrote."
+                    )
+                header = _parse_header(text, path)
+                centroids, counts = file.get_tensor("centroids"), file.get_tensor("counts")
+        except (SafetensorError, OSError) as exc:
+            raise ArtifactError(
+                f"{path} cannot be read as a codebook ({exc}). Copy it again from its source."
+            ) from exc
+        return cls._checked(centroids, counts, header, path)
+
+    @classmethod
+    def _checked(
+        cls, centroids: NDArray[Any], counts: NDArray[np.int64], header: CodebookHeader, path: Path
+    ) -> Self:
+        try:
+            _check_arrays(centroids, counts)
+        except ArtifactError as exc:
+            raise ArtifactError(f"{path}: {exc}") from exc
+        digest = _digest(centroids, header.metric)
+        fingerprint = _fingerprint(header.pixel_rule, header.extractor, digest)
+        for name, stored, actual in (
+            ("digest", header.digest, digest),
+            ("fingerprint", header.fingerprint, fingerprint),
+        ):
+            if stored != actual:
+                raise ArtifactError(
+                    f"{path} is damaged: its header says {name} {stored} but its content has "
+                    f"{actual}. Copy it again from its source."
+                )
+        codebook = cls.__new__(cls)
+        codebook.centroids, codebook.counts, codebook.header = centroids, counts, header
+        return codebook
+
+
+def _parse_header(text: str, path: Path) -> CodebookHeader:
+    check_format_version(text, FORMAT_VERSION, path)
+    try:
+        return CodebookHeader.model_validate_json(text)
+    except ValidationError as exc:
+        raise ArtifactError(f"{path}: the codebook header is damaged: {exc}") from exc
+
+
+def check_format_version(text: str | bytes, newest: int, path: Path) -> None:
+    """Refuse JSON whose `format_version` is missing or newer than `newest`.
+
+    Raises:
+        FormatVersionError: It is newer.
+        ArtifactError: There is none, or the text is not a JSON object.
+    """
+    try:
+        version = VersionOnly.model_validate_json(text).format_version
+    except ValidationError as exc:
+        raise ArtifactError(f"{path} is damaged: {exc.errors()[0]['msg']}") from exc
+    if version > newest:
+        raise FormatVersionError(
+            f"{path} has format version {version}; this patchcache reads up to {newest}. "
+            "Upgrade patchcache: pip install -U patchcache"
+        )
+
+
+class VersionOnly(BaseModel, frozen=True):
+    """The one field that every version of every header has."""
+
+    format_version: int = Field(ge=1)
+
+
+def _check_arrays(centroids: NDArray[Any], counts: NDArray[np.int64]) -> None:
+    if centroids.ndim != 3 or centroids.dtype not in (np.uint8, np.float32):
+        raise ArtifactError(
+            f"centroids must be (M, K, D) uint8 or float32, not {centroids.shape} {centroids.dtype}"
+        )
+    if not 0 < centroids.shape[1] <= MAX_VOCAB_SIZE:
+        raise ArtifactError(
+            f"a codebook has 1 to {MAX_VOCAB_SIZE:,} centroids, not {centroids.shape[1]:,}"
+        )
+    if counts.shape != centroids.shape[:2] or counts.dtype != np.int64:
+        raise ArtifactError(
+            f"counts must be {centroids.shape[:2]} int64, not {counts.shape} {counts.dtype}"
+        )
+    if centroids.dtype == np.float32 and not np.isfinite(centroids).all():
+        raise ArtifactError("centroids hold NaN or infinity")
+
+
+def _digest(centroids: NDArray[Any], metric: Metric) -> str:
+    little = centroids.astype(centroids.dtype.newbyteorder("<"), copy=False)
+    shape = {"metric": metric, "shape": list(centroids.shape), "dtype": str(centroids.dtype)}
+    return files.sha256_bytes(files.canonical_json(shape) + b"\0" + little.tobytes())
+
+
+def _fingerprint(pixel_rule: PixelRule, extractor: ExtractorSpec, digest: str) -> str:
+    identity = {
+        "pixel_rule": pixel_rule.model_dump(mode="json"),
+        "extractor": extractor.identity(),
+        "codebook": digest,
+    }
+    return files.sha256_bytes(files.canonical_json(identity))

@@ -1,0 +1,266 @@
+"""What a cache is, from the plan to the manifest: four kinds of JSON file.
+
+    plan.json           `BuildPlan`: what will be built; created once, never changed
+    plan/000000.json    `PlanUnit`: the samples of one unit of work, in order
+    units/000000.json   `UnitRecord`: written last by the worker that finished the unit
+    manifest.json       `CacheManifest`: written when every unit is there
+
+A cache is a directory. The manifest is written last, so its presence means that the build
+finished; a directory without one is a build still running or one that died, and readers refuse
+it. A unit is finished when its record is there and the files that it names have the digests that
+it says, whatever else lies in the directory.
+
+Nothing about a cache is inferred from file names, listing order or times. If a reader needs to
+know it, it is a field here. No field depends on when, where or how fast the build ran: the same
+inputs give the same bytes.
+"""
+
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from cache_builder import files
+from cache_builder.errors import ArtifactError
+from cache_builder.formats.codebook import check_format_version
+from cache_builder.formats.views import ViewSpec
+
+FORMAT_VERSION = 1
+PLAN_NAME = "plan.json"
+MANIFEST_NAME = "manifest.json"
+CODEBOOK_NAME = "codebook.safetensors"
+SKIPPED_NAME = "skipped.jsonl"
+
+Layout = Literal["webdataset", "zarr"]
+ImagesInCache = Literal["original", "resized", "none"]
+SourceKind = Literal["folder", "webdataset"]
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class SourceInfo(BaseModel, frozen=True, extra="forbid"):
+    """Where the images come from; a cache without images is joined to them by key."""
+
+    kind: SourceKind
+    location: str = Field(
+        description="folder, or tar path with brace patterns, as an absolute path"
+    )
+    num_samples: int = Field(ge=0)
+
+
+class CacheSpec(BaseModel, frozen=True, extra="forbid"):
+    """The settings of a build: two builds with equal specs and sources give equal bytes."""
+
+    fingerprint: str = Field(description="identity of the tokenizer")
+    vocab_size: int = Field(gt=0, le=65_535)
+    num_stages: int = Field(1, gt=0, description="ids per patch; arrays have an M axis if > 1")
+    grid: tuple[int, int] = Field(description="rows and columns of token ids")
+    view_spec: ViewSpec
+    layout: Layout
+    images_in_cache: ImagesInCache
+    resized_short_side: int = Field(256, gt=0, description="of `resized` images, pixels")
+    jpeg_quality: int = Field(92, ge=1, le=100, description="of `resized` images")
+    unit_size: int = Field(gt=0, description="largest number of samples of a unit")
+    source: SourceInfo
+    class_names: tuple[str, ...] = Field((), description="name of label 0, 1, ...")
+
+    @property
+    def tokens_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's token ids: (V, rows, cols), and M where M > 1."""
+        stages = (self.num_stages,) if self.num_stages > 1 else ()
+        return (self.view_spec.num_views, *self.grid, *stages)
+
+
+class BuildPlan(BaseModel, frozen=True, extra="forbid"):
+    """`plan.json`: which build this directory belongs to."""
+
+    format_version: int = FORMAT_VERSION
+    spec: CacheSpec
+    num_units: int = Field(gt=0)
+    units_sha256: str = Field(description="of the concatenated SHA-256 of every plan unit file")
+
+
+class PlanRow(BaseModel, frozen=True, extra="forbid"):
+    """One sample to tokenise."""
+
+    key: str
+    source: str = Field(description="path within the folder, or member name within the tar")
+    label: int | None = None
+
+
+class PlanUnit(BaseModel, frozen=True, extra="forbid"):
+    """`plan/NNNNNN.json`: one unit of work."""
+
+    unit: int = Field(ge=0)
+    container: str = Field("", description="the tar that holds the images; empty for a folder")
+    rows: tuple[PlanRow, ...]
+
+
+class FileDigest(BaseModel, frozen=True, extra="forbid"):
+    """A file of a cache, path relative to it."""
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str
+
+    @classmethod
+    def of(cls, root: Path, path: Path) -> Self:
+        """Measure `path`, which lies below `root`."""
+        return cls(
+            path=path.relative_to(root).as_posix(),
+            bytes=path.stat().st_size,
+            sha256=files.sha256_file(path),
+        )
+
+    def damage(self, root: Path) -> str | None:
+        """Say what is wrong with the file on disk, or None."""
+        path = root / self.path
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != self.bytes:
+            return f"{path} has {size:,} bytes, expected {self.bytes:,}"
+        if (actual := files.sha256_file(path)) != self.sha256:
+            return f"{path} has SHA-256 {actual}, expected {self.sha256}"
+        return None
+
+
+class SkippedSample(BaseModel, frozen=True, extra="forbid"):
+    """An image that could not be tokenised, and why."""
+
+    key: str
+    source: str
+    reason: str
+
+
+class SampleEntry(BaseModel, frozen=True, extra="forbid"):
+    """Where the members of one sample lie in a tar: extension -> (offset, size) in bytes."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+
+
+class UnitRecord(BaseModel, frozen=True, extra="forbid"):
+    """`units/NNNNNN.json`: the commit record of one unit."""
+
+    format_version: int = FORMAT_VERSION
+    unit: int = Field(ge=0)
+    num_samples: int = Field(ge=0)
+    files: tuple[FileDigest, ...]
+    skipped: tuple[SkippedSample, ...] = ()
+    samples: tuple[SampleEntry, ...] = Field((), description="WebDataset layout only")
+
+
+class ShardInfo(BaseModel, frozen=True, extra="forbid"):
+    """One unit of a finished cache."""
+
+    name: str
+    num_samples: int = Field(ge=0)
+    num_skipped: int = Field(ge=0)
+    files: tuple[FileDigest, ...] = Field(description="the tar, or this unit's Zarr shards")
+    record: FileDigest = Field(description="the unit's commit record")
+
+    @property
+    def bytes(self) -> int:
+        """Size of the shard's files."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the one file; of several, the digest of their digests."""
+        if len(self.files) == 1:
+            return self.files[0].sha256
+        return files.sha256_bytes("".join(file.sha256 for file in self.files).encode())
+
+
+class CacheManifest(BaseModel, frozen=True, extra="forbid"):
+    """`manifest.json`: what a finished cache holds."""
+
+    format_version: int = FORMAT_VERSION
+    spec: CacheSpec
+    payloads: tuple[str, ...] = Field(description="what every sample carries")
+    num_samples: int = Field(ge=0)
+    num_skipped: int = Field(ge=0)
+    shards: tuple[ShardInfo, ...]
+    codebook: FileDigest
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokenizer that made the token ids."""
+        return self.spec.fingerprint
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of token ids."""
+        return self.spec.grid
+
+    @property
+    def vocab_size(self) -> int:
+        """K."""
+        return self.spec.vocab_size
+
+    @property
+    def view_spec(self) -> ViewSpec:
+        """How the views were drawn."""
+        return self.spec.view_spec
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @classmethod
+    def load(cls, cache_dir: str | Path) -> Self:
+        """Read the manifest of a finished cache.
+
+        Raises:
+            ArtifactError: There is none, because the build has not finished, or it is damaged.
+        """
+        cache_dir = Path(cache_dir)
+        path = cache_dir / MANIFEST_NAME
+        if not path.is_file():
+            if (cache_dir / PLAN_NAME).is_file():
+                raise ArtifactError(
+                    f"{cache_dir} has no {MANIFEST_NAME}: the build has not finished. "
+                    "Run the same `patchcache build` command again; it resumes."
+                )
+            raise ArtifactError(
+                f"{cache_dir} is not a cache: it has neither {MANIFEST_NAME} nor {PLAN_NAME}. "
+                "Pass the directory that `patchcache build --out` wrote."
+            )
+        return read_model(cls, path)
+
+
+def plan_unit_path(cache_dir: Path, unit: int) -> Path:
+    """Return the path of one unit's plan."""
+    return cache_dir / "plan" / f"{unit:06d}.json"
+
+
+def unit_record_path(cache_dir: Path, unit: int) -> Path:
+    """Return the path of one unit's commit record."""
+    return cache_dir / "units" / f"{unit:06d}.json"
+
+
+def to_json(model: BaseModel) -> bytes:
+    """Return the file content of one of this module's models."""
+    return files.canonical_json(model.model_dump(mode="json")) + b"\n"
+
+
+def read_model(model: type[_Model], path: Path) -> _Model:
+    """Read one of this module's files.
+
+    Raises:
+        FormatVersionError: It was written by a newer version.
+        ArtifactError: It is missing or damaged.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing. Run the same `patchcache build` command again.")
+    text = path.read_bytes()
+    if "format_version" in model.model_fields:
+        check_format_version(text, FORMAT_VERSION, path)
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as exc:
+        raise ArtifactError(
+            f"{path} is damaged: {exc}. Delete it and run the same `patchcache build` again."
+        ) from exc

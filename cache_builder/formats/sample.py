@@ -1,0 +1,49 @@
+"""One sample of a cache, as every layout stores it and every reader returns it."""
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_builder.errors import ArtifactError
+
+
+class CachedSample(NamedTuple):
+    """An image and its targets."""
+
+    key: str
+    image: bytes | None  # the encoded image; None in a cache built with --images-in-cache none
+    label: int | None
+    views: NDArray[np.int32]  # (V, 5): top, left, height, width, hflip
+    token_ids: NDArray[np.uint16]  # (V, rows, cols), or (V, rows, cols, M) with M > 1 stages
+
+
+class NewSample(NamedTuple):
+    """A sample on its way into a cache: what is read back, and what only a person asks for."""
+
+    sample: CachedSample
+    image_extension: str  # of the embedded image: jpg, png, ...; empty when there is none
+    source: str
+    image_size: tuple[int, int]  # (height, width) of the decoded picture
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """Return `array` as the content of a .npy file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def from_npy(data: bytes, what: str) -> NDArray[Any]:
+    """Read a .npy member; `what` names it in the error.
+
+    Raises:
+        ArtifactError: It is not a .npy file, or it is cut short.
+    """
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as exc:
+        raise ArtifactError(
+            f"{what} is damaged ({exc}). Run `patchcache verify` to see what else is."
+        ) from exc

@@ -1,0 +1,148 @@
+"""Running units of work on Ray: the only `import ray` of this package.
+
+By default a cluster of this machine's cores is started and stopped again; with an address, the
+job joins a running cluster. Work is given to a pool of actors, each of which prepares itself once
+(loads a model, say) and then takes unit after unit. Ray restarts a dead actor and repeats its
+unit, so a unit must be idempotent; images never pass through Ray's object store.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from cache_builder.errors import ConfigError, MissingDependencyError, PatchCacheError
+
+logger = logging.getLogger(__name__)
+
+_UnitT = TypeVar("_UnitT", contravariant=True)
+_ResultT = TypeVar("_ResultT", covariant=True)
+_U = TypeVar("_U")
+_R = TypeVar("_R")
+
+_UNITS_IN_FLIGHT = 2  # per actor, so that none waits for the driver
+_MAX_TRIES = 4  # of one unit, when actors keep dying
+
+
+class UnitWorker(Protocol[_UnitT, _ResultT]):
+    """What an actor does with a unit."""
+
+    def run(self, unit: _UnitT) -> _ResultT:
+        """Do one unit of work; doing it twice is the same as doing it once."""
+
+
+class ClusterOptions(NamedTuple):
+    """Where the work runs."""
+
+    address: str | None = None  # None: a cluster of this machine alone, for this job alone
+    num_workers: int | None = None  # None: one per CPU of the cluster
+    gpus_per_worker: float = 0
+
+
+def map_units(
+    make_worker: Callable[[], UnitWorker[_U, _R]], units: Iterable[_U], options: ClusterOptions
+) -> Iterator[_R]:
+    """Yield the result of every unit, in the order in which they are done.
+
+    Args:
+        make_worker: Called once in every actor; it and the units are pickled.
+        units: Not consumed faster than the work is done.
+        options: Where the work runs.
+
+    Raises:
+        PatchCacheError: What a worker raised.
+        ConfigError: The cluster cannot be reached.
+    """
+    with _cluster(options.address) as ray:
+        num_cpus = int(ray.cluster_resources().get("CPU", 1))
+        num_workers = options.num_workers or num_cpus
+        actor_class = ray.remote(_Actor).options(
+            num_cpus=min(1, num_cpus / num_workers),
+            num_gpus=options.gpus_per_worker,
+            max_restarts=_MAX_TRIES - 1,
+            max_task_retries=_MAX_TRIES - 1,
+        )
+        actors = [actor_class.remote(make_worker) for _ in range(num_workers)]
+        remaining = iter(units)
+        waiting: dict[Any, Any] = {}
+
+        def submit(actor: Any) -> None:
+            for unit in islice(remaining, 1):
+                waiting[actor.run.remote(unit)] = actor
+
+        for _ in range(_UNITS_IN_FLIGHT):
+            for actor in actors:
+                submit(actor)
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            actor = waiting.pop(done[0])
+            result = _get(ray, done[0])
+            submit(actor)
+            yield result
+
+
+class _Actor:
+    """A worker in a process of its own."""
+
+    def __init__(self, make_worker: Callable[[], UnitWorker[Any, Any]]) -> None:
+        import torch
+
+        # Several actors share the cores; intra-op threads would only fight over them.
+        torch.set_num_threads(1)
+        self._worker = make_worker()
+
+    def run(self, unit: Any) -> Any:
+        return self._worker.run(unit)
+
+
+def _get(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as exc:
+        # Ours is worth more than Ray's wrapper with its remote traceback.
+        if isinstance(exc.cause, PatchCacheError):
+            raise exc.cause from None
+        raise
+    except ray.exceptions.RayActorError as exc:
+        if isinstance(cause := getattr(exc, "cause", None), PatchCacheError):
+            raise cause from None
+        raise
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Connect to a cluster, or start one and stop it afterwards."""
+    ray = _import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"logging_level": logging.ERROR}
+    if address is None:
+        # `local` starts a new cluster even where RAY_ADDRESS names another one.
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
+    else:
+        package = Path(__file__).parent
+        options |= {"address": address, "runtime_env": {"py_modules": [str(package)]}}
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as exc:
+        raise ConfigError(
+            f"No Ray cluster answers at {address or 'this machine'}: {str(exc)[:300]}"
+        ) from exc
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "This command needs 'ray', which is not installed. Run: pip install 'patchcache[build]'"
+        ) from exc
+    return ray

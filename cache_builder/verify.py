@@ -1,0 +1,265 @@
+"""`patchcache verify`: is a cache what its manifest says, and are its tokens right?
+
+Every file is digested, every sample is read and checked against the plan: nothing lost, nothing
+twice, every id below K, every box within its picture. On request a sample of the images is
+tokenised again with the cache's own codebook. A feature tokenizer may answer differently on
+another device where two centroids are equally near; such near ties are counted apart.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_builder.errors import ArtifactError, ImageError, PatchCacheError, TokenizerMismatchError
+from cache_builder.formats.cache import TokenCache
+from cache_builder.formats.manifest import (
+    SKIPPED_NAME,
+    PlanUnit,
+    ShardInfo,
+    UnitRecord,
+    plan_unit_path,
+    read_model,
+    to_json,
+    unit_record_path,
+)
+from cache_builder.formats.sample import CachedSample
+from cache_builder.formats.views import View
+from cache_builder.imaging import apply_view, decode
+from cache_builder.sources import ImageJoin
+from cache_builder.tokenizers import PatchTokenizer
+
+# Two distances this close, relative to their size, count as a tie that rounding may turn.
+_NEAR_TIE = 1e-4
+
+
+class Retokenized(NamedTuple):
+    """How the tokens of a sample compare with those of the same views tokenised again."""
+
+    num_images: int
+    num_tokens: int
+    num_near_ties: int
+    num_different: int
+
+
+class VerifyReport(NamedTuple):
+    """What was found; no problem means that the cache is whole."""
+
+    problems: list[str]
+    num_files: int
+    num_samples: int
+    num_skipped: int
+    retokenized: Retokenized | None
+
+
+Progress = Callable[[int, int], None]
+"""Called with the number of units checked and of all units."""
+
+
+def run(
+    cache_dir: Path,
+    *,
+    retokenize: int = 0,
+    images: str | None = None,
+    device: str = "auto",
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check a finished cache.
+
+    Args:
+        cache_dir: The cache.
+        retokenize: How many images to tokenise again, chosen by their keys.
+        images: Where the images lie, for a cache that holds none and whose source has moved.
+        device: Where the tokenizer runs.
+        weights: Weights file of the feature model, if it is not where the codebook says.
+        progress: Told of every unit.
+
+    Raises:
+        ArtifactError: There is no finished cache to check.
+    """
+    cache = TokenCache.open(cache_dir)
+    checker = _Checker(cache)
+    checker.check_codebook()
+    for unit in range(len(cache.manifest.shards)):
+        checker.check_unit(unit)
+        if progress:
+            progress(unit + 1, len(cache.manifest.shards))
+    checker.check_totals()
+    retokenized = None
+    if retokenize and not checker.problems:
+        join = None
+        if cache.manifest.spec.images_in_cache == "none":
+            join = ImageJoin(cache_dir, cache.manifest.spec.source, images)
+        tokenizer = PatchTokenizer.load(cache.codebook, device, weights)
+        retokenized = _retokenize(cache, retokenize, tokenizer, join)
+        if retokenized.num_different:
+            checker.problems.append(
+                f"{retokenized.num_different:,} of {retokenized.num_tokens:,} token ids differ "
+                "from those of the same views tokenised again"
+            )
+    cache.close()
+    return VerifyReport(
+        problems=checker.problems,
+        num_files=checker.num_files,
+        num_samples=checker.num_samples,
+        num_skipped=checker.num_skipped,
+        retokenized=retokenized,
+    )
+
+
+class _Checker:
+    """Collects what is wrong with one cache."""
+
+    def __init__(self, cache: TokenCache) -> None:
+        self.problems: list[str] = []
+        self.num_files = 0
+        self.num_samples = 0
+        self.num_skipped = 0
+        self._cache = cache
+        self._spec = cache.manifest.spec
+        self._skipped: list[bytes] = []
+        self._keys: set[str] = set()
+
+    def check_codebook(self) -> None:
+        manifest = self._cache.manifest
+        self.num_files += 1
+        if damage := manifest.codebook.damage(self._cache.path):
+            self.problems.append(damage)
+        try:
+            codebook = self._cache.codebook
+        except (ArtifactError, TokenizerMismatchError) as exc:
+            self.problems.append(str(exc))
+            return
+        if codebook.vocab_size != manifest.vocab_size:
+            self.problems.append(
+                f"the manifest says K={manifest.vocab_size}, the codebook {codebook.vocab_size}"
+            )
+
+    def check_unit(self, unit: int) -> None:
+        """Check one unit; whatever is wrong with it is one problem or more, never an exception."""
+        info = self._cache.manifest.shards[unit]
+        whole = True
+        for file in (*info.files, info.record):
+            self.num_files += 1
+            if damage := file.damage(self._cache.path):
+                self.problems.append(f"unit {unit}: {damage}")
+                whole = False
+        if not whole:
+            return
+        try:
+            self._check_samples(unit, info)
+        except PatchCacheError as exc:
+            self.problems.append(f"unit {unit}: {exc}")
+
+    def check_totals(self) -> None:
+        manifest = self._cache.manifest
+        for what, found, expected in (
+            ("samples", self.num_samples, manifest.num_samples),
+            ("skipped images", self.num_skipped, manifest.num_skipped),
+            ("listed images", self.num_samples + self.num_skipped, self._spec.source.num_samples),
+        ):
+            if found != expected and not self.problems:
+                self.problems.append(f"{found:,} {what} found, {expected:,} expected")
+        path = self._cache.path / SKIPPED_NAME
+        if not path.is_file() or path.read_bytes() != b"".join(self._skipped):
+            self.problems.append(f"{path} does not list the skipped images of the commit records")
+
+    def _check_samples(self, unit: int, info: ShardInfo) -> None:
+        record = read_model(UnitRecord, unit_record_path(self._cache.path, unit))
+        planned = read_model(PlanUnit, plan_unit_path(self._cache.path, unit))
+        self._skipped += [to_json(sample) for sample in record.skipped]
+        self.num_skipped += len(record.skipped)
+        keys = []
+        for sample in self._cache.read_shard(unit):
+            keys.append(sample.key)
+            if problem := self._problem(sample):
+                self.problems.append(f"unit {unit}, {sample.key}: {problem}")
+        self.num_samples += len(keys)
+        if len(keys) != info.num_samples:
+            self.problems.append(f"unit {unit}: {len(keys)} samples, expected {info.num_samples}")
+        bad = {sample.key for sample in record.skipped}
+        expected = [row.key for row in planned.rows if row.key not in bad]
+        if keys != expected:
+            odd = sorted(set(keys) ^ set(expected))[:3]
+            self.problems.append(f"unit {unit}: keys do not match the plan, first {odd}")
+        if twice := self._keys.intersection(keys):
+            self.problems.append(f"unit {unit}: keys seen before, first {min(twice)}")
+        self._keys.update(keys)
+
+    def _problem(self, sample: CachedSample) -> str | None:
+        largest = int(sample.token_ids.max())
+        if largest >= self._spec.vocab_size:
+            return f"token id {largest} is not below K={self._spec.vocab_size}"
+        if sample.views.shape != (self._spec.view_spec.num_views, 5):
+            return f"views of shape {sample.views.shape}"
+        top, left, height, width, hflip = sample.views.T
+        if (
+            min(top.min(), left.min()) < 0
+            or min(height.min(), width.min()) < 1
+            or not np.isin(hflip, (0, 1)).all()
+        ):
+            return f"views {sample.views.tolist()} are not boxes"
+        if (sample.image is None) != (self._spec.images_in_cache == "none"):
+            return "the image is missing"
+        return None
+
+
+def _retokenize(
+    cache: TokenCache, num_images: int, tokenizer: PatchTokenizer, join: ImageJoin | None
+) -> Retokenized:
+    counts = np.zeros(3, np.int64)
+    places = _choose(cache, num_images)
+    for shard, row in places:
+        sample = cache.read(shard, row)
+        image = sample.image if join is None else join.read(shard, sample.key)
+        counts += _compare(sample, image or b"", tokenizer)
+    return Retokenized(len(places), *(int(count) for count in counts))
+
+
+def _choose(cache: TokenCache, num_images: int) -> list[tuple[int, int]]:
+    """Choose samples spread over the cache, the same ones on every run."""
+    ranked = sorted(
+        range(len(cache)), key=lambda index: hashlib.sha256(str(index).encode()).digest()
+    )
+    return sorted(cache.place(index) for index in ranked[:num_images])
+
+
+def _compare(sample: CachedSample, image: bytes, tokenizer: PatchTokenizer) -> tuple[int, int, int]:
+    """Return the numbers of tokens, of near ties and of real differences of one sample."""
+    try:
+        pixels = torch.stack(list(_views(sample, image, tokenizer)))
+    except ImageError as exc:
+        raise ArtifactError(f"The image of {sample.key} cannot be tokenised again: {exc}") from exc
+    cached = torch.from_numpy(sample.token_ids.astype(np.int64))
+    again = tokenizer.encode(pixels)
+    different = cached != again
+    num_different = int(different.sum())
+    num_ties = 0
+    if num_different and tokenizer.codebook.num_stages == 1 and not tokenizer.decodes_to_pixels:
+        num_ties = _count_ties(tokenizer, pixels, cached, again, different)
+    return cached.numel(), num_ties, num_different - num_ties
+
+
+def _views(sample: CachedSample, image: bytes, tokenizer: PatchTokenizer) -> Iterator[Tensor]:
+    rule = tokenizer.pixel_rule
+    picture = decode(image)
+    for top, left, height, width, hflip in sample.views.tolist():
+        view = View(top, left, height, width, bool(hflip))
+        yield apply_view(picture, view, rule.size, rule.interpolation)
+
+
+def _count_ties(
+    tokenizer: PatchTokenizer, pixels: Tensor, cached: Tensor, again: Tensor, different: Tensor
+) -> int:
+    where = different.flatten()
+    features = tokenizer.features(pixels).flatten(0, 1)[where].double().cpu()
+    centroids = torch.from_numpy(tokenizer.codebook.centroids[0]).double()
+    before, after = (
+        (features - centroids[ids.flatten()[where]]).square().sum(1) for ids in (cached, again)
+    )
+    return int(((before - after).abs() <= _NEAR_TIE * after.clamp(min=1e-12)).sum())

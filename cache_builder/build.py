@@ -7,9 +7,7 @@ a fixed name and fixed bytes: a build that was killed is continued by the same c
 with the same cache.
 """
 
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -54,6 +52,7 @@ from cache_builder.formats.manifest import (
 from cache_builder.formats.sample import CachedSample, NewSample
 from cache_builder.formats.views import ViewSpec, draw_views
 from cache_builder.imaging import apply_view, decode, image_extension, shrink
+from cache_builder.planning import settle_plan
 from cache_builder.ray_jobs import ClusterOptions, map_units
 from cache_builder.sources import Listing, open_source
 from cache_builder.tokenizers import PatchTokenizer
@@ -117,9 +116,13 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
     codebook = Codebook.load(options.codebook)
     listing = open_source(options.images).scan(options.unit_size)
     spec = _cache_spec(options, codebook, listing)
-    plan = _settle_plan(options.out, spec, listing, codebook)
+    plan = settle_plan(options.out, spec, listing, codebook)
     worker = partial(
-        BuildWorker, str(options.out.resolve()), options.images, options.device, options.weights
+        BuildWorker,
+        str(options.out.resolve()),
+        listing.info.location,
+        options.device,
+        options.weights,
     )
     reports = []
     for report in map_units(worker, range(plan.num_units), options.cluster):
@@ -150,8 +153,8 @@ class BuildWorker:
         """Build one unit, unless its record is there and its files are what the record says."""
         path = unit_record_path(self._cache_dir, unit)
         if path.is_file():
-            record = read_model(UnitRecord, path)
-            if not any(file.damage(self._cache_dir) for file in record.files):
+            record = self._whole_record(path)
+            if record is not None:
                 return _report(record, was_there=True)
             logger.warning("unit %d is damaged and is built again", unit)
             path.unlink()
@@ -164,6 +167,14 @@ class BuildWorker:
             # Another attempt at this unit lived on and was faster; the bytes are the same.
             record = read_model(UnitRecord, path)
         return _report(record, was_there=False)
+
+    def _whole_record(self, path: Path) -> UnitRecord | None:
+        """Return a commit record if it and the files that it names are undamaged."""
+        try:
+            record = read_model(UnitRecord, path)
+        except ArtifactError:
+            return None
+        return None if any(file.damage(self._cache_dir) for file in record.files) else record
 
 
 def build_unit(
@@ -296,76 +307,6 @@ def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> 
         error = exc.errors()[0]
         where = ".".join(str(part) for part in error["loc"])
         raise ConfigError(f"{where or 'views'}: {error['msg']}") from exc
-
-
-def _settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook) -> BuildPlan:
-    """Write the plan, or check that the one that is there is this one."""
-    texts = [to_json(unit) for unit in listing.units]
-    digests = "".join(files.sha256_bytes(text) for text in texts)
-    plan = BuildPlan(
-        spec=spec, num_units=len(texts), units_sha256=files.sha256_bytes(digests.encode())
-    )
-    path = out / PLAN_NAME
-    if path.is_file():
-        _refuse_other_plan(out, read_model(BuildPlan, path), plan)
-    else:
-        _refuse_foreign_folder(out)
-    for unit, text in enumerate(texts):
-        target = plan_unit_path(out, unit)
-        if not target.is_file() or target.read_bytes() != text:
-            files.publish(target, text)
-    if not path.is_file():
-        files.publish_new(path, to_json(plan))
-    # Done on every run, with the same bytes: what a kill or a damaged disk left out is back.
-    codebook.save(out / CODEBOOK_NAME)
-    if spec.layout == "zarr":
-        zarr_store.create_store(out, spec, len(texts))
-    return plan
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """Accept a folder that is absent, empty, or holds plan units of a driver that died early."""
-    if not out.exists():
-        return
-    if any(path.name != "plan" for path in out.iterdir()):
-        raise ConfigError(
-            f"{out} is not empty and holds no {PLAN_NAME}. Choose another --out, or empty it."
-        )
-    shutil.rmtree(out / "plan", ignore_errors=True)
-
-
-def _refuse_other_plan(out: Path, there: BuildPlan, asked: BuildPlan) -> None:
-    if there == asked:
-        return
-    before, after = there.model_dump(mode="json"), asked.model_dump(mode="json")
-    if there.spec.fingerprint != asked.spec.fingerprint:
-        raise TokenizerMismatchError(
-            f"{out} holds a build with tokenizer {there.spec.fingerprint}, but the codebook is "
-            f"{asked.spec.fingerprint}. Use the first codebook, or another --out."
-        )
-    differences = [
-        f"{name}: {_short(old)} there, {_short(new)} now"
-        for name, old, new in _differences("", before, after)
-        if name != "units_sha256"
-    ] or ["the list of images has changed"]
-    raise ConfigError(
-        f"{out} holds a build with other settings: {'; '.join(differences)}. "
-        "Run the first command again to finish it, or choose another --out."
-    )
-
-
-def _differences(prefix: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
-            path = f"{prefix}.{name}".removeprefix(".spec").removeprefix(".")
-            yield from _differences(path, old.get(name), new.get(name))
-    elif old != new:
-        yield prefix, old, new
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _finish(out: Path, plan: BuildPlan) -> CacheManifest:

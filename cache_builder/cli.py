@@ -118,7 +118,7 @@ def fit(
     Example: `patchcache fit --images photos/ -k 8192 --out codebook.safetensors`
     """
     from cache_builder import fit as job
-    from cache_builder.console import FitProgress
+    from cache_builder.console import FitProgress, fit_lines
     from cache_builder.ray_jobs import ClusterOptions
     from cache_builder.tokenizers.features import FeatureOptions
 
@@ -151,23 +151,12 @@ def fit(
             ),
             job.Progress(progress.sampled, progress.iterated),
         )
-    from cache_builder.inspection import describe_codebook
-
     if as_json:
+        from cache_builder.inspection import describe_codebook
+
         _print_json(describe_codebook(summary.codebook))
         return
-    _print_lines(
-        f"codebook     {out}",
-        f"fingerprint  {summary.codebook.fingerprint}",
-        f"centroids    {k:,} of {summary.codebook.dim} values, fitted to "
-        f"{summary.codebook.header.num_points:,} patches of "
-        f"{summary.codebook.header.num_images:,} images"
-        + (f" ({summary.num_skipped} could not be decoded)" if summary.num_skipped else ""),
-        f"usage        {summary.usage.num_used:,} centroids used, "
-        f"perplexity {summary.usage.perplexity:,.0f}",
-        *_held_out_line(summary.held_out_mse, summary.held_out_psnr),
-        f"next         patchcache build --images {images} --codebook {out} --views 4 --out cache/",
-    )
+    _print_lines(*fit_lines(summary, images, out))
 
 
 @app.command()
@@ -206,7 +195,7 @@ def build(
     Example: `patchcache build --images photos/ --codebook codebook.safetensors --out cache/`
     """
     from cache_builder import build as job
-    from cache_builder.console import BuildProgress, size_text
+    from cache_builder.console import BuildProgress, build_lines, build_result
     from cache_builder.ray_jobs import ClusterOptions
 
     with BuildProgress(views) as progress:
@@ -231,35 +220,10 @@ def build(
             ),
             progress.unit_done,
         )
-    manifest = summary.manifest
     if as_json:
-        _print_json(
-            {
-                "cache": str(out),
-                "fingerprint": manifest.fingerprint,
-                "num_samples": manifest.num_samples,
-                "num_views": manifest.num_samples * views,
-                "num_skipped": manifest.num_skipped,
-                "num_shards": len(manifest.shards),
-                "num_units_kept": summary.num_units_kept,
-                "bytes": manifest.bytes,
-            }
-        )
-        return
-    kept = f", {summary.num_units_kept} of them kept from before" if summary.num_units_kept else ""
-    skipped = f"{manifest.num_skipped:,}" + (
-        f", with reasons in {out / 'skipped.jsonl'}" if manifest.num_skipped else ""
-    )
-    _print_lines(
-        f"cache        {out}",
-        f"fingerprint  {manifest.fingerprint}",
-        f"images       {manifest.num_samples:,}, {views} views each, "
-        f"{manifest.grid[0]} x {manifest.grid[1]} token ids per view",
-        f"skipped      {skipped}",
-        f"size         {size_text(manifest.bytes)} in {len(manifest.shards)} shards{kept}",
-        f"next         patchcache verify {out} --retokenize 100",
-        f"             patchcache train beit_drop --cache {out} --out run/",
-    )
+        _print_json(build_result(summary, out))
+    else:
+        _print_lines(*build_lines(summary, out))
 
 
 @app.command()
@@ -278,7 +242,7 @@ def verify(
     Example: `patchcache verify cache/ --retokenize 100`
     """
     from cache_builder import verify as job
-    from cache_builder.console import Steps
+    from cache_builder.console import Steps, verify_lines
 
     with Steps("verifying", "units") as progress:
         report = job.run(
@@ -289,22 +253,11 @@ def verify(
             weights=weights,
             progress=progress.update,
         )
-    again = report.retokenized
     if as_json:
+        again = report.retokenized
         _print_json({**report._asdict(), "retokenized": again._asdict() if again else None})
     else:
-        lines = [
-            f"files        {report.num_files:,} digested",
-            f"samples      {report.num_samples:,}, and {report.num_skipped:,} skipped",
-        ]
-        if again:
-            lines.append(
-                f"retokenised  {again.num_images:,} images, {again.num_tokens:,} token ids: "
-                f"{again.num_different:,} different, {again.num_near_ties:,} near ties"
-            )
-        lines += [f"damage       {problem}" for problem in report.problems]
-        lines.append("result       " + ("damaged" if report.problems else "whole"))
-        _print_lines(*lines)
+        _print_lines(*verify_lines(report))
     if report.problems:
         raise typer.Exit(1)
 
@@ -365,14 +318,15 @@ def train(
 
     Example: `patchcache train beit_drop --cache cache/ --out run/ --set run.steps=1000`
     """
+    from cache_builder.console import train_lines
     from trainer import train as job
     from trainer.config import load_config
 
     summary = job.run(load_config(recipe, assignments or []), cache, out)
     if as_json:
-        _print_json({k: str(v) if isinstance(v, Path) else v for k, v in summary._asdict().items()})
+        _print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
         return
-    _print_lines(*job.summary_lines(summary))
+    _print_lines(*train_lines(summary))
 
 
 @app.command()
@@ -387,7 +341,9 @@ def probe(
     images: Annotated[
         str | None, typer.Option(help="Where the images of a cache without images lie now.")
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Use no more samples.")] = None,
+    max_samples: Annotated[
+        int, typer.Option(min=1, help="Most samples of each cache, chosen by key.")
+    ] = 10_000,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -395,6 +351,7 @@ def probe(
 
     Example: `patchcache probe run/checkpoints/step_00001000.pt`
     """
+    from cache_builder.console import probe_lines
     from trainer import evaluate
 
     result = evaluate.probe(
@@ -407,8 +364,8 @@ def probe(
     )
     if as_json:
         _print_json(result._asdict())
-    else:
-        _print_lines(*evaluate.result_lines(result))
+        return
+    _print_lines(*probe_lines(result))
 
 
 @app.command()
@@ -448,6 +405,15 @@ def _one_line_errors() -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(1)
+    except OSError as exc:
+        # A full disk, a missing permission: nothing that is on disk is damaged by it.
+        where = f": {exc.filename}" if exc.filename else ""
+        print(
+            f"patchcache: {exc.strerror or exc}{where}. Mend that and run the same command again; "
+            "what was finished is kept.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
@@ -465,12 +431,6 @@ def _print_json(value: Any) -> None:
 
 def _print_lines(*lines: str) -> None:
     print("\n".join(lines))
-
-
-def _held_out_line(mse: float | None, psnr_db: float | None) -> list[str]:
-    if mse is None:
-        return []
-    return [f"held out     MSE {mse:.4g}" + (f", PSNR {psnr_db:.2f} dB" if psnr_db else "")]
 
 
 def _numbers(option: str, text: str, count: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a person sees while a command runs and when it ends: progress bars and tables.
+"""What a person sees while a command runs and when it ends: progress, summaries, tables.
 
 Drawn on stderr, so that stdout holds results alone. Without a terminal the bars print one line
 every few seconds instead.
@@ -7,6 +7,7 @@ every few seconds instead.
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pydantic import JsonValue
@@ -23,7 +24,11 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cache_builder.build import UnitReport
+    from cache_builder.build import BuildSummary, UnitReport
+    from cache_builder.fit import FitSummary
+    from cache_builder.verify import VerifyReport
+    from trainer.evaluate import ProbeResult
+    from trainer.train import TrainSummary
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -136,6 +141,102 @@ class BuildProgress(Steps):
             f"{rate:,.0f} images/s {rate * self._num_views:,.0f} views/s "
             f"{size_text(per_second)}/s, {self._num_skipped} skipped",
         )
+
+
+def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
+    """Say what a fit did and what to run next."""
+    header = summary.codebook.header
+    lines = [
+        f"codebook     {out}",
+        f"fingerprint  {summary.codebook.fingerprint}",
+        f"centroids    {summary.codebook.vocab_size:,} of {summary.codebook.dim} values, fitted to "
+        f"{header.num_points:,} patches of {header.num_images:,} images",
+        f"usage        {summary.usage.num_used:,} centroids used, "
+        f"perplexity {summary.usage.perplexity:,.0f}",
+    ]
+    if summary.held_out_mse is not None:
+        psnr = f", PSNR {summary.held_out_psnr:.2f} dB" if summary.held_out_psnr else ""
+        lines.append(f"held out     MSE {summary.held_out_mse:.4g}{psnr}")
+    if summary.num_skipped:
+        lines.append(f"left out     {summary.num_skipped:,} images that could not be decoded")
+    lines.append(
+        f"next         patchcache build --images {images} --codebook {out} --views 4 --out cache/"
+    )
+    return lines
+
+
+def build_lines(summary: "BuildSummary", out: Path) -> list[str]:
+    """Say what a build did and what to run next."""
+    manifest = summary.manifest
+    kept = f", {summary.num_units_kept} of them kept from before" if summary.num_units_kept else ""
+    reasons = f", with reasons in {out / 'skipped.jsonl'}" if manifest.num_skipped else ""
+    rows, cols = manifest.grid
+    return [
+        f"cache        {out}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"images       {manifest.num_samples:,}, {manifest.view_spec.num_views} views each, "
+        f"{rows} x {cols} token ids per view",
+        f"skipped      {manifest.num_skipped:,}{reasons}",
+        f"size         {size_text(manifest.bytes)} in {len(manifest.shards)} shards{kept}",
+        f"next         patchcache verify {out} --retokenize 100",
+        f"             patchcache train beit_drop --cache {out} --out run/",
+    ]
+
+
+def build_result(summary: "BuildSummary", out: Path) -> dict[str, JsonValue]:
+    """Return what a build did, for a script."""
+    manifest = summary.manifest
+    return {
+        "cache": str(out),
+        "fingerprint": manifest.fingerprint,
+        "num_samples": manifest.num_samples,
+        "num_views": manifest.num_samples * manifest.view_spec.num_views,
+        "num_skipped": manifest.num_skipped,
+        "num_shards": len(manifest.shards),
+        "num_units_kept": summary.num_units_kept,
+        "bytes": manifest.bytes,
+    }
+
+
+def verify_lines(report: "VerifyReport") -> list[str]:
+    """Say what was checked and what is wrong."""
+    lines = [
+        f"files        {report.num_files:,} digested",
+        f"samples      {report.num_samples:,}, and {report.num_skipped:,} skipped",
+    ]
+    if again := report.retokenized:
+        lines.append(
+            f"retokenised  {again.num_images:,} images, {again.num_tokens:,} token ids: "
+            f"{again.num_different:,} different, {again.num_near_ties:,} near ties"
+        )
+    lines += [f"damage       {problem}" for problem in report.problems]
+    return [*lines, "result       " + ("damaged" if report.problems else "whole")]
+
+
+def train_lines(summary: "TrainSummary") -> list[str]:
+    """Say what a training run came to and what to run next."""
+    return [
+        f"checkpoint   {summary.checkpoint}",
+        f"steps        {summary.steps:,}" + ("" if summary.finished else ", stopped early"),
+        f"loss         {summary.first_loss:.4f} -> {summary.final_loss:.4f}",
+        f"speed        {summary.images_per_s:,.0f} images/s over {summary.seconds:,.0f} s, "
+        f"{summary.data_wait_share:.1%} of it waiting for data",
+        f"next         patchcache probe {summary.checkpoint}"
+        if summary.finished
+        else "next         the same command continues",
+        f"             patchcache export {summary.checkpoint} --out vit.safetensors",
+    ]
+
+
+def probe_lines(result: "ProbeResult") -> list[str]:
+    """Set the pre-trained features beside random ones."""
+    return [
+        f"samples      {result.num_train:,} to learn from, {result.num_test:,} to test on, "
+        f"{result.num_classes:,} classes, chance {result.chance:.1%}",
+        "features     random init   pre-trained",
+        f"k-NN         {result.knn_random:11.1%}   {result.knn:11.1%}",
+        f"linear probe {result.linear_random:11.1%}   {result.linear:11.1%}",
+    ]
 
 
 def print_description(description: dict[str, JsonValue]) -> None:

@@ -212,7 +212,12 @@ def _collect(
     progress: Progress | None,
 ) -> _Sample:
     worker = partial(
-        SampleWorker, options.images, extractor.spec, extractor.pixel_rule, options.device, draw
+        SampleWorker,
+        listing.info.location,
+        extractor.spec,
+        extractor.pixel_rule,
+        options.device,
+        draw,
     )
     num_wanted = len(draw.fitted) + len(draw.held_out)
     samples: list[_UnitSample] = []

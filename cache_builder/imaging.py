@@ -17,11 +17,13 @@ What becomes of unusual pictures:
 
 import io
 import re
+import struct
+import zlib
 from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
@@ -39,6 +41,20 @@ MAX_PIXELS: Final = 89_478_485  # Pillow's own warning threshold, 256 MiB of RGB
 
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+# What decoders raise on damaged files is not documented; all of it means the same.
+_DECODER_ERRORS: Final = (
+    OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, ArithmeticError,
+    TypeError, struct.error, zlib.error,
+)  # fmt: skip
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _ALPHA_MODES: Final = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
 Image.init()  # without it, naming a format whose plug-in has not been loaded yet is a KeyError
@@ -77,8 +93,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         ) from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as exc:
         raise ImageError(f"too large to decode: {exc}") from exc
-    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, IndexError, TypeError) as exc:
-        # What decoders raise on damaged files is not documented; all of it means the same.
+    except _DECODER_ERRORS as exc:
         raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
 
 
@@ -87,7 +102,7 @@ def image_extension(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             name = image.format or ""
-    except (OSError, ValueError, SyntaxError) as exc:
+    except _DECODER_ERRORS as exc:
         raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
     return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(name, name.lower())
 
@@ -170,7 +185,11 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.seek(0)
-    image = ImageOps.exif_transpose(image)
+    image.load()  # turns a TIFF upright, and takes the orientation out of its EXIF
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in _UPRIGHT:
+        # Not ImageOps.exif_transpose: it also writes the EXIF anew, and fails where that is damaged.
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode in _DEEP_GREY_MODES or (image.mode == "I" and image.format == "PNG"):
         grey = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(np.clip(grey.round(), 0, 255).astype(np.uint8))

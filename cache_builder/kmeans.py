@@ -146,7 +146,7 @@ class _Lloyd:
         """
         weights = distances.double().cpu()
         distortion = torch.zeros(self._k, dtype=torch.float64).index_add_(0, ids.cpu(), weights)
-        distortion[rare] = 0
+        distortion[rare.cpu()] = 0
         donors = distortion.argsort(descending=True, stable=True)[: len(rare)]
         donors = donors[distortion[donors] > 0]
         rank = torch.rand(len(ids), generator=self._generator, dtype=torch.float64)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -48,7 +49,7 @@ def map_units(
     """Yield the result of every unit, in the order in which they are done.
 
     Args:
-        make_worker: Called once in every actor; it and the units are pickled.
+        make_worker: Called once in every actor that gets a unit; it and the units are pickled.
         units: Not consumed faster than the work is done.
         options: Where the work runs.
 
@@ -92,7 +93,13 @@ class _Actor:
 
         # Several actors share the cores; intra-op threads would only fight over them.
         torch.set_num_threads(1)
-        self._worker = make_worker()
+        self._make_worker = make_worker
+
+    @cached_property
+    def _worker(self) -> UnitWorker[Any, Any]:
+        # Made by the first unit: what `__init__` raises reaches the driver as the death of the
+        # actor, its class lost.
+        return self._make_worker()
 
     def run(self, unit: Any) -> Any:
         return self._worker.run(unit)
@@ -102,13 +109,9 @@ def _get(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as exc:
-        # Ours is worth more than Ray's wrapper with its remote traceback.
-        if isinstance(exc.cause, PatchCacheError):
+        # What a user can mend is worth more without Ray's wrapper and its remote traceback.
+        if isinstance(exc.cause, PatchCacheError | OSError):
             raise exc.cause from None
-        raise
-    except ray.exceptions.RayActorError as exc:
-        if isinstance(cause := getattr(exc, "cause", None), PatchCacheError):
-            raise cause from None
         raise
 
 

@@ -30,6 +30,7 @@ from cache_builder.formats.manifest import (
     plan_unit_path,
     read_model,
 )
+from cache_builder.formats.shards import check_end
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +250,7 @@ class _TarReader:
                     for member in tar
                     if member.isfile()
                 }
+                check_end(tar)
         except (OSError, tarfile.TarError) as exc:
             raise SourceError(f"{path} cannot be read as a tar: {exc}") from exc
 

@@ -192,7 +192,8 @@ class Codebook:
 
         Raises:
             FormatVersionError: The file was written by a newer version.
-            ArtifactError: The file is missing, damaged, or its digest or fingerprint is wrong.
+            ArtifactError: The file is missing, damaged, or its digest, fingerprint or
+                counts are wrong.
         """
         path = Path(path)
         if not path.is_file():
@@ -227,14 +228,20 @@ class Codebook:
         digest = _digest(centroids, header.metric)
         fingerprint = _fingerprint(header.pixel_rule, header.extractor, digest)
         for name, stored, actual in (
-            ("digest", header.digest, digest),
             ("fingerprint", header.fingerprint, fingerprint),
+            ("digest", header.digest, digest),
         ):
             if stored != actual:
                 raise ArtifactError(
                     f"{path} is damaged: its header says {name} {stored} but its content has "
                     f"{actual}. Copy it again from its source."
                 )
+        # The digest does not cover the counts, but they must add up.
+        if header.num_points and (counts.sum(1) != header.num_points).any():
+            raise ArtifactError(
+                f"{path} is damaged: its counts do not add up to {header.num_points:,} patches. "
+                "Copy it again from its source."
+            )
         codebook = cls.__new__(cls)
         codebook.centroids, codebook.counts, codebook.header = centroids, counts, header
         return codebook

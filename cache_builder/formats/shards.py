@@ -75,10 +75,23 @@ def read_shard(path: Path) -> Iterator[CachedSample]:
                     members = {}
                 key = name
                 members[extension] = file.read()
+            check_end(tar)
     except (tarfile.TarError, OSError) as exc:
         raise ArtifactError(f"{path} is not a whole tar ({exc}).") from exc
     if members:
         yield _sample(key, members, path)
+
+
+def check_end(tar: tarfile.TarFile) -> None:
+    """Check that a tar, walked to its end, ends there; tarfile takes a damaged header for the end.
+
+    Raises:
+        tarfile.ReadError: The tar is cut short or damaged.
+    """
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+        raise tarfile.ReadError(f"cut short or damaged at byte {tar.offset:,}")
 
 
 class TarShard:

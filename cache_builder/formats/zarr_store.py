@@ -125,7 +125,8 @@ class ZarrShard:
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
             self._keys: list[str] = group["keys"][rows].tolist()
-            if spec.images_in_cache != "none":
+            # A unit whose images were all skipped has no image file.
+            if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
                 self._handle = os.open(self._path, os.O_RDONLY)
         except (OSError, KeyError, ValueError, RuntimeError) as exc:

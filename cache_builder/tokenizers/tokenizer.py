@@ -75,7 +75,7 @@ class PatchTokenizer:
     @property
     def decodes_to_pixels(self) -> bool:
         """Whether centroids are pictures, so that `decode` works."""
-        return self.codebook.extractor.id == "pixel"
+        return self.codebook.extractor.id == "pixel" and self.codebook.metric == "l2"
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return what is quantised: (B, N, D), of unit length for a cosine codebook.
@@ -128,8 +128,8 @@ class PatchTokenizer:
         """
         if not self.decodes_to_pixels:
             raise ConfigError(
-                f"Centroids of {self.codebook.extractor.id} are features, not pixels; "
-                "only pixel codebooks can be decoded to pictures."
+                f"Centroids of {self.codebook.extractor.id} with metric {self.codebook.metric} "
+                "are not pixels; only l2 codebooks of pixels can be decoded to pictures."
             )
         ids = token_ids.to(self.device, torch.int64).reshape(
             len(token_ids), -1, self.codebook.num_stages

@@ -1,0 +1,162 @@
+"""The report of the demo: one HTML page that needs nothing but itself."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cache_builder.demo import pictures
+from cache_builder.formats.cache import TokenCache
+from cache_builder.inspection import survey
+from cache_builder.quality import psnr, usage
+from cache_builder.tokenizers import PatchTokenizer
+
+_MAX_IMAGES = 8
+_MAX_VIEWS = 3
+_SHEET_COLUMNS = 32
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #2563eb; --muted: #6b7280; --rule: #d1d5db; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .muted { color: var(--muted); }
+table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; }
+td.number, th.number { text-align: right; }
+.images { display: grid; gap: 1.2rem; }
+.images { grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); }
+figure { margin: 0; }
+figcaption { color: var(--muted); font-size: .85rem; overflow-wrap: anywhere; }
+.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: .3rem; margin-bottom: .3rem; }
+.row img { width: 100%; image-rendering: pixelated; display: block; }
+.row img.photo { image-rendering: auto; } .sheet { image-rendering: pixelated; max-width: 100%; }
+svg { width: 100%; max-width: 40rem; font: 12px system-ui, sans-serif; fill: currentColor; }
+svg .line { fill: none; stroke: var(--line); stroke-width: 2; }
+svg .grid { stroke: var(--rule); stroke-width: .5; } svg.bars { fill: var(--line); }
+pre { padding: .8rem; overflow-x: auto; }
+pre { background: color-mix(in srgb, currentColor 8%, transparent); }
+"""
+
+
+class Material(NamedTuple):
+    """What the demo made, and what it measured."""
+
+    codebook: Path
+    cache: Path  # its images are shown
+    log: Path  # of the training
+    probe: dict[str, Any] | None  # None where there are no labels
+    probe_note: str
+    curl: str
+    answer: dict[str, Any]  # of the service
+    commands: list[str]
+    elapsed_s: float
+
+
+def write(path: Path, material: Material) -> None:
+    """Write the page."""
+    tokenizer = PatchTokenizer.load(material.codebook)
+    with TokenCache.open(material.cache) as cache:
+        sections = [
+            _images_section(cache, tokenizer),
+            _codebook_section(cache, tokenizer),
+            _training_section(material),
+            _service_section(material),
+            _commands_section(material),
+        ]
+        summary = (
+            f"{cache.manifest.num_samples:,} images, {cache.manifest.view_spec.num_views} views "
+            f"each, {tokenizer.grid[0]} x {tokenizer.grid[1]} token ids per view, "
+            f"K = {tokenizer.vocab_size:,}. Made in {material.elapsed_s:.0f} s."
+        )
+    body = "\n".join(sections)
+    path.write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>patchcache demo</title><style>{_STYLE}</style>"
+        f'<h1>patchcache demo</h1><p class="muted">{summary}</p>{body}</html>\n',
+        encoding="utf-8",
+    )
+
+
+def _images_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
+    figures = []
+    size = cache.manifest.view_spec.size
+    for index in np.linspace(0, len(cache) - 1, min(_MAX_IMAGES, len(cache))).astype(int):
+        sample = cache[int(index)]
+        rows, errors = [], []
+        for view in range(min(_MAX_VIEWS, len(sample.views))):
+            pixels = pictures.view_pixels(cache, sample, view)
+            again = pictures.reconstruction(tokenizer, sample.token_ids[view])
+            errors.append(float(np.square(pixels.astype(float) - again).mean()))
+            shown = (
+                ("photo", pixels, f"view {view} of {sample.key}"),
+                ("", pictures.token_map(sample.token_ids[view], size), "its token ids as colours"),
+                ("", again, "the centroids that the ids stand for"),
+            )
+            cells = "".join(
+                f'<img class="{kind}" alt="{html.escape(text)}" src="{pictures.png(picture)}">'
+                for kind, picture, text in shown
+            )
+            rows.append(f'<div class="row">{cells}</div>')
+        figures.append(
+            f"<figure>{''.join(rows)}<figcaption>{html.escape(sample.key)}, "
+            f"reconstruction {psnr(float(np.mean(errors))):.1f} dB</figcaption></figure>"
+        )
+    return (
+        "<h2>Views, token maps, reconstructions</h2><p>Each row is one cached view: its pixels, "
+        "its token ids (one colour per id), and the pixels of the centroids that those ids name. "
+        "The first row is the centred square, the others are random crops, some mirrored.</p>"
+        f'<div class="images">{"".join(figures)}</div>'
+    )
+
+
+def _codebook_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
+    counts, _ = survey(cache)
+    measured = usage(counts)
+    order = np.argsort(-counts, kind="stable")
+    sheet = pictures.centroid_sheet(tokenizer, order[:256].tolist(), _SHEET_COLUMNS)
+    return (
+        "<h2>The codebook</h2>"
+        f"<p>{measured.num_used:,} of {measured.vocab_size:,} ids occur in the cache's "
+        f"{measured.num_tokens:,} tokens; entropy {measured.entropy_bits:.2f} bits, perplexity "
+        f"{measured.perplexity:,.0f}; the most frequent id takes {measured.max_share:.1%}.</p>"
+        f"<p>Tokens per id, most frequent first:</p>"
+        f"{pictures.bars(counts[order].tolist(), 'tokens per id')}"
+        f"<p>The {min(256, len(order))} most frequent centroids:</p>"
+        f'<img class="sheet" alt="centroids" src="{pictures.png(sheet, scale=2)}">'
+    )
+
+
+def _training_section(material: Material) -> str:
+    rows = [json.loads(line) for line in material.log.read_text().splitlines()]
+    points = [(float(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
+    drawn = pictures.curve(points, "step", "loss on masked patches, nats")
+    if material.probe is None:
+        table = f"<p>No probe: {html.escape(material.probe_note)}</p>"
+    else:
+        result = material.probe
+        lines = "".join(
+            f'<tr><td>{name}</td><td class="number">{result[f"{key}_random"]:.1%}</td>'
+            f'<td class="number"><b>{result[key]:.1%}</b></td></tr>'
+            for name, key in (("k-NN", "knn"), ("linear probe", "linear"))
+        )
+        table = (
+            '<table><tr><th>frozen features</th><th class="number">random initialisation</th>'
+            f'<th class="number">pre-trained</th></tr>{lines}</table>'
+            f'<p class="muted">{html.escape(material.probe_note)}</p>'
+        )
+    return f"<h2>Training from the cache</h2>{drawn}<h3>What the ViT has learned</h3>{table}"
+
+
+def _service_section(material: Material) -> str:
+    answer = dict(material.answer)
+    answer["token_ids"] = [*answer["token_ids"][:8], "..."]
+    return (
+        "<h2>The service</h2><p>The same tokens over HTTP:</p>"
+        f"<pre>{html.escape(material.curl)}\n{html.escape(json.dumps(answer))}</pre>"
+    )
+
+
+def _commands_section(material: Material) -> str:
+    commands = "\n".join(html.escape(command) for command in material.commands)
+    return f"<h2>The commands</h2><p>Everything above was made by:</p><pre>{commands}</pre>"

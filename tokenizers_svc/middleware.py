@@ -1,0 +1,68 @@
+"""What every answer carries, whatever it says.
+
+A request id, taken from the client when it is harmless, so that a log line can be found from
+either side; the tokenizer's fingerprint; and, while the service drains, `Connection: close`, so
+that clients have moved to new connections before this process stops to accept any. An exception
+that nobody handled is logged here with the request id and answered by a 500 that says nothing.
+"""
+
+import logging
+import re
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenizers_svc.problems import ProblemError, problem_response
+
+logger = logging.getLogger(__name__)
+
+_HARMLESS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class CommonHeaders:
+    """Pure ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, *, fingerprint: str, is_draining: Callable[[], bool]) -> None:
+        """Wrap `app`."""
+        self._app = app
+        self._fingerprint = fingerprint
+        self._is_draining = is_draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        has_started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["X-Tokenizer-Fingerprint"] = self._fingerprint
+                headers["X-Content-Type-Options"] = "nosniff"
+                if self._is_draining():
+                    headers["Connection"] = "close"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if has_started:
+                raise
+            problem = ProblemError(
+                "internal", "The log of the service has the reason under this request id."
+            )
+            await problem_response(problem, request_id)(scope, receive, send_with_headers)
+
+
+def _request_id(scope: Scope) -> str:
+    offered = Headers(scope=scope).get("x-request-id", "")
+    return offered if _HARMLESS_ID.fullmatch(offered) else uuid.uuid4().hex

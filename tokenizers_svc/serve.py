@@ -1,0 +1,194 @@
+"""A process that serves: the port, the signals and the end.
+
+The HTTP server runs in a thread of its own, so that the main thread can wait for signals and lead
+the shutdown:
+
+    first SIGTERM    not ready at once, still serving for `drain_s`; then no new connections,
+                     everything that was let in is answered, exit code 0
+    first SIGINT     the same without the wait: a person is watching
+    one more         of either: stop now
+
+When the tokenizer cannot be loaded, or dies, the server stops and the reason is raised: a process
+that can only refuse had better be restarted.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from cache_builder.errors import ConfigError, PatchCacheError
+from tokenizers_svc.app import create_app
+from tokenizers_svc.limits import Limits
+from tokenizers_svc.service import TokenizeService
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 512
+_KEEP_ALIVE_S = 75  # more than the 60 s after which usual proxies give up idle connections
+_POLL_S = 0.2
+
+
+def run(
+    codebook: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "auto",
+    weights: str | None = None,
+    limits: Limits | None = None,
+) -> None:
+    """Serve a codebook's tokenizer until SIGTERM or SIGINT. Call it from the main thread.
+
+    The URL and a command to try are logged at INFO.
+
+    Args:
+        codebook: Path of the codebook.
+        host: Address to listen at.
+        port: 0 takes a free one; the log says which.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        weights: Weights file of the feature model, if it is not where the codebook says.
+        limits: What is accepted; None is the defaults.
+
+    Raises:
+        ArtifactError: There is no codebook, or it is damaged.
+        ConfigError: No such device, or the port cannot be listened at.
+        TokenizerMismatchError: The weights are not those of the codebook.
+        RuntimeError: The tokenizer or the HTTP server died.
+    """
+    app = create_app(codebook, device=device, weights=weights, limits=limits)
+    run_app(app, host=host, port=port)
+
+
+def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve an application of `create_app` until SIGTERM or SIGINT; see `run`."""
+    service: TokenizeService = app.state.service
+    listener = _listen(host, port)
+    server = make_server(app)
+    thread = threading.Thread(target=server.run, args=([listener],), name="http", daemon=True)
+    with listener, _caught_signals() as signals:
+        thread.start()
+        _announce(service, host, listener.getsockname()[1])
+        was_asked = _wait_for_end(service, thread, signals)
+        server.should_exit = True
+        while thread.is_alive():
+            if _next_signal(signals, _POLL_S) is not None:
+                server.force_exit = True
+    _raise_failure(service, was_asked=was_asked)
+    if service.is_worker_alive:
+        logger.warning("the tokenizer is still busy; the process ends without it")
+        logging.shutdown()
+        # The interpreter cannot end a thread that is deep in native code; trying may abort.
+        os._exit(0)
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """Return the HTTP server of an application of `create_app`."""
+    service: TokenizeService = app.state.service
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        # httptools, the default, takes headers of any length, and one of 200 MB holds up the event
+        # loop for a minute. h11 refuses more than 64 KiB; it costs 0.1 ms more per request.
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(service.limits.request_deadline_s) + 1,
+    )
+    return uvicorn.Server(config)
+
+
+def _wait_for_end(
+    service: TokenizeService, thread: threading.Thread, signals: "queue.SimpleQueue[int]"
+) -> bool:
+    """Return when the server should stop accepting, and whether a signal asked for it."""
+    while thread.is_alive() and service.failure is None:
+        number = _next_signal(signals, _POLL_S)
+        if number is None:
+            continue
+        service.is_draining = True
+        logger.info("%s: finishing what has begun", signal.Signals(number).name)
+        if number == signal.SIGTERM:
+            _next_signal(signals, service.limits.drain_s)
+        return True
+    return False
+
+
+def _raise_failure(service: TokenizeService, *, was_asked: bool) -> None:
+    failure = service.failure
+    if isinstance(failure, PatchCacheError):
+        raise failure
+    if failure is not None:
+        raise RuntimeError("the tokenizer's worker has died") from failure
+    if not was_asked:
+        raise RuntimeError("the HTTP server has stopped by itself; the log says why")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        ConfigError: The port is taken or not allowed, or there is no such address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as exc:
+        reason = (getattr(exc, "strerror", None) or str(exc)).partition(" (while")[0]
+        raise ConfigError(
+            f"Cannot listen at {host} port {port}: {reason}. "
+            "Pass another --port; 0 takes a free one."
+        ) from exc
+
+
+def _announce(service: TokenizeService, host: str, port: int) -> None:
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    rows, cols = service.codebook.pixel_rule.grid
+    logger.info(
+        "serving %s (K=%d, %d x %d tokens) at %s",
+        service.model,
+        service.codebook.vocab_size,
+        rows,
+        cols,
+        url,
+    )
+    logger.info("try: curl --data-binary @photo.jpg %s/v1/tokenize", url)
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("whoever can reach %s may use it: there is no authentication", url)
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator["queue.SimpleQueue[int]"]:
+    """Collect SIGTERM and SIGINT instead of dying of them."""
+    # Of the standard queues, only a SimpleQueue may be put to from a signal handler.
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.put(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _next_signal(signals: "queue.SimpleQueue[int]", timeout_s: float) -> int | None:
+    try:
+        return signals.get(timeout=timeout_s)
+    except queue.Empty:
+        return None

@@ -52,11 +52,11 @@ class Steps:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._started_s = time.monotonic()
-        self._last_line_s = self._started_s
+        self._started_s = self._last_line_s = 0.0
 
     def __enter__(self) -> Self:
-        """Start drawing."""
+        """Start drawing, and the clock."""
+        self._started_s = self._last_line_s = time.monotonic()
         if self._console.is_terminal:
             self._progress.start()
         return self
@@ -124,7 +124,6 @@ class BuildProgress(Steps):
         super().__init__("building", "images")
         self._num_views = num_views
         self._num_seen = self._num_built = self._num_skipped = self._bytes = 0
-        self._first_s = time.monotonic()
 
     def unit_done(self, report: "UnitReport", total: int) -> None:
         """Count a finished unit; the rate is that of what this run built."""
@@ -133,8 +132,8 @@ class BuildProgress(Steps):
         if not report.was_there:
             self._num_built += report.num_samples
             self._bytes += report.bytes
-        rate = self._num_built / max(time.monotonic() - self._first_s, 1e-9)
-        per_second = self._bytes / max(time.monotonic() - self._first_s, 1e-9)
+        elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
+        rate, per_second = self._num_built / elapsed_s, self._bytes / elapsed_s
         self.update(
             self._num_seen,
             total,

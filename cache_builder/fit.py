@@ -122,7 +122,8 @@ class _UnitSample(NamedTuple):
     unit: int
     points: np.ndarray  # (n, D)
     held_out: np.ndarray
-    num_images: int
+    num_images: int  # that the points come from
+    num_seen: int  # with the held-out and the skipped ones
     num_skipped: int
 
 
@@ -171,7 +172,8 @@ class SampleWorker:
             unit=unit.unit,
             points=np.concatenate(parts[False]) if parts[False] else empty,
             held_out=np.concatenate(parts[True]) if parts[True] else empty,
-            num_images=len(unit.rows) - num_skipped,
+            num_images=len(parts[False]),
+            num_seen=len(unit.rows),
             num_skipped=num_skipped,
         )
 
@@ -224,7 +226,7 @@ def _collect(
     num_done = 0
     for sample in map_units(worker, _units_with(listing, draw), options.cluster):
         samples.append(sample)
-        num_done += sample.num_images + sample.num_skipped
+        num_done += sample.num_seen
         if progress:
             progress.sampled(num_done, num_wanted)
     samples.sort(key=lambda sample: sample.unit)

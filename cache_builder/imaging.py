@@ -188,7 +188,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()  # turns a TIFF upright, and takes the orientation out of its EXIF
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     if orientation in _UPRIGHT:
-        # Not ImageOps.exif_transpose: it also writes the EXIF anew, and fails where that is damaged.
+        # Not ImageOps.exif_transpose: it also writes the EXIF anew, which fails on a damaged one.
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode in _DEEP_GREY_MODES or (image.mode == "I" and image.format == "PNG"):
         grey = np.asarray(image).astype(np.float64) / 257

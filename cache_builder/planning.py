@@ -1,7 +1,7 @@
 """The plan of a build: written once, and the measure of every later run of the same command."""
 
 import json
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from cache_builder.formats.manifest import (
     to_json,
 )
 from cache_builder.sources import Listing
+
+# What a driver writes before plan.json: plan units, and files under temporary names.
+_EARLY_FILES = re.compile(r"plan|plan/\d{6,}\.json|(plan/)?\.[^/]+\.tmp")
 
 
 def settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook) -> BuildPlan:
@@ -52,14 +55,17 @@ def settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook
 
 
 def _refuse_foreign_folder(out: Path) -> None:
-    """Accept a folder that is absent, empty, or holds plan units of a driver that died early."""
-    if not out.exists():
-        return
-    if any(path.name != "plan" for path in out.iterdir()):
-        raise ConfigError(
-            f"{out} is not empty and holds no {PLAN_NAME}. Choose another --out, or empty it."
-        )
-    shutil.rmtree(out / "plan", ignore_errors=True)
+    """Accept a folder that is absent, empty, or holds what a driver left that died early."""
+    left = []
+    for path in out.rglob("*"):
+        if not _EARLY_FILES.fullmatch(path.relative_to(out).as_posix()):
+            raise ConfigError(
+                f"{out} is not empty and holds no {PLAN_NAME}. Choose another --out, or empty it."
+            )
+        left.append(path)
+    for path in left:
+        if path.is_file():
+            path.unlink()
 
 
 def _refuse_other_plan(out: Path, there: BuildPlan, asked: BuildPlan) -> None:

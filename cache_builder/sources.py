@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import tarfile
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,7 +87,7 @@ class FolderSource:
         """Walk the folder.
 
         Raises:
-            SourceError: No image, or two with one key.
+            SourceError: No image, two with one key, or a folder that cannot be read.
         """
         paths, num_ignored = self._walk()
         if num_ignored:
@@ -108,7 +109,7 @@ class FolderSource:
             for path in paths
         ]
         rows.sort(key=lambda row: row.key)
-        _refuse_duplicates(rows, str(self._root))
+        _check_names(rows, str(self._root))
         size = unit_size or _choose_unit_size(len(rows))
         units = [
             PlanUnit(unit=unit, rows=tuple(rows[start : start + size]))
@@ -129,7 +130,9 @@ class FolderSource:
     def _walk(self) -> tuple[list[str], int]:
         found, num_ignored = [], 0
         seen = set()
-        for folder, subfolders, names in os.walk(self._root, followlinks=True):
+        for folder, subfolders, names in os.walk(
+            self._root, followlinks=True, onerror=_refuse_folder
+        ):
             status = Path(folder).stat()
             if (status.st_dev, status.st_ino) in seen:  # a link back up the tree
                 subfolders.clear()
@@ -168,7 +171,7 @@ class TarSource:
         rows = [row for unit in units for row in unit.rows]
         if not rows:
             raise SourceError(f"{self._location}: no tar holds an image.")
-        _refuse_duplicates(rows, self._location)
+        _check_names(rows, self._location)
         largest = max(len(unit.rows) for unit in units)
         size = -(-largest // _MIN_UNIT_SIZE) * _MIN_UNIT_SIZE
         labels = [row.label for row in rows if row.label is not None]
@@ -238,36 +241,34 @@ class ImageJoin:
 
 
 class _TarReader:
-    """Random access to the members of one tar."""
+    """Random access to the members of one tar; it closes itself when nothing holds it any more."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = path.open("rb")
-            with tarfile.open(fileobj=self._file, mode="r:") as tar:
+            with tarfile.open(path, mode="r:") as tar:
                 self._places = {
                     member.name: (member.offset_data, member.size)
                     for member in tar
                     if member.isfile()
                 }
                 check_end(tar)
+            self._handle = os.open(path, os.O_RDONLY)
         except (OSError, tarfile.TarError) as exc:
             raise SourceError(f"{path} cannot be read as a tar: {exc}") from exc
+        self.close = weakref.finalize(self, os.close, self._handle)
 
     def read(self, name: str) -> bytes:
         if name not in self._places:
             raise SourceError(f"{self._path} has no member {name} any more. Restore the tar.")
         offset, size = self._places[name]
-        data = os.pread(self._file.fileno(), size, offset)
+        data = os.pread(self._handle, size, offset)
         if len(data) < size:
             raise SourceError(f"{self._path} is cut short at member {name}.")
         return data
 
     def names(self) -> Iterator[str]:
         return iter(self._places)
-
-    def close(self) -> None:
-        self._file.close()
 
     def __enter__(self) -> "_TarReader":
         return self
@@ -283,9 +284,12 @@ def _tar_rows(path: Path) -> list[PlanRow]:
         for name in tar.names():
             folder, _, base = name.removeprefix("./").rpartition("/")
             stem, _, extension = base.partition(".")
-            if not _is_hidden(base):
-                key = f"{folder}/{stem}" if folder else stem
-                samples[key][extension.lower()] = name
+            if _is_hidden(base):
+                continue
+            members = samples[f"{folder}/{stem}" if folder else stem]
+            other = members.setdefault(extension.lower(), name)
+            if other != name:
+                raise SourceError(f"{path}: {other} and {name} are one name. Rename one of them.")
         rows = []
         for key, members in samples.items():
             images = [name for extension, name in members.items() if _is_image("." + extension)]
@@ -301,16 +305,17 @@ def _tar_rows(path: Path) -> list[PlanRow]:
 
 
 def _tar_label(tar: _TarReader, members: dict[str, str]) -> int | None:
+    label: object = None
     try:
         if "cls" in members:
-            return int(tar.read(members["cls"]).decode().strip())
-        if "json" in members:
+            label = int(tar.read(members["cls"]).decode().strip())
+        elif "json" in members:
             label = json.loads(tar.read(members["json"])).get("label")
-            return label if isinstance(label, int) else None
-    except (ValueError, AttributeError, UnicodeDecodeError) as exc:
+    except (ValueError, AttributeError) as exc:
         name = members.get("cls") or members["json"]
         raise SourceError(f"The label in {name} cannot be read: {exc}") from exc
-    return None
+    # Negative numbers are in use for "no label".
+    return label if isinstance(label, int) and label >= 0 else None
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -334,15 +339,22 @@ def _expand(pattern: str) -> list[Path]:
     return paths
 
 
-def _refuse_duplicates(rows: list[PlanRow], where: str) -> None:
+def _check_names(rows: list[PlanRow], where: str) -> None:
+    """Refuse names that JSON cannot hold, and two images with one key."""
     places: dict[str, str] = {}
     for row in rows:
+        if _has_surrogates(row.source):
+            raise SourceError(f"{where}: the name {row.source!r} is not UTF-8. Rename the file.")
         if row.key in places:
             raise SourceError(
                 f"{where}: {places[row.key]} and {row.source} have the same key {row.key!r}. "
                 "A key joins an image to its targets; rename one of them."
             )
         places[row.key] = row.source
+
+
+def _has_surrogates(name: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _choose_unit_size(num_samples: int) -> int:
@@ -359,6 +371,10 @@ def _read_file(path: Path) -> bytes:
             f"{path} cannot be read: {exc.strerror}. It was there when the source was listed; "
             "restore it and run the same command again."
         ) from exc
+
+
+def _refuse_folder(exc: OSError) -> None:
+    raise SourceError(f"{exc.filename} cannot be listed: {exc.strerror}.") from exc
 
 
 def _is_image(name: str) -> bool:

@@ -180,8 +180,16 @@ def _bundled(demo: Demo) -> tuple[Route, Route, list[str]]:
     num_digits = images.collect_digits(digits)
     print(f"{num_photos} photographs in {photos}, {num_digits:,} handwritten digits in {digits}")
     shown = Route("photos", photos, 224, 8, 256, 4, "webdataset")
-    trained = Route("digits", digits, 32, 4, 256, 4, "zarr", ("--hflip", "0", "--scale", "0.5,1"))
-    return shown, trained, ["run.steps=300", "data.color_jitter=0"]
+    trained = Route("digits", digits, 16, 4, 256, 4, "zarr", ("--hflip", "0", "--scale", "0.5,1"))
+    return shown, trained, [
+        "run.steps=800",
+        "run.log_every=40",
+        "run.precision=fp32",
+        "data.batch_size=64",
+        "data.color_jitter=0",
+        "objective.mask_ratio=0.5",
+        "optim.warmup_steps=20",
+    ]
 
 
 def _own(demo: Demo, data: Path) -> tuple[Route, Route, list[str]]:

@@ -103,7 +103,7 @@ def make_extractor(options: FeatureOptions, device: torch.device) -> FeatureExtr
         weights = f"random:{options.random_weights_seed}"
     else:
         weights = models.find_weights(library, name, source)
-    args = dict(options.model_args or {})
+    args = models.tag_args(library, name, weights) | (options.model_args or {})
     model = models.create_model(library, name, weights, args, options.image_size)
     native = models.native_rule(library, model)
     layer = options.layer or models.default_layer(model)
@@ -157,7 +157,7 @@ def _pixel_rule(options: FeatureOptions) -> PixelRule:
         ("--std", options.std),
         ("--weights random", options.random_weights_seed),
     ):
-        if value:
+        if value not in (None, {}):
             raise ConfigError(f"{name} has no meaning for --features pixel. Leave it out.")
     return _rule(
         size=options.image_size or DEFAULT_IMAGE_SIZE,
@@ -178,13 +178,13 @@ def _fitting_rule(
             f"{str(exc).strip()[:300]} Its own size is {native.size}."
         ) from exc
     rows, cols = maps.shape[-2:]
-    if rows != cols or size % rows:
+    patch_size = models.map_stride(model, layer)
+    if rows != cols or rows * patch_size != size:
         raise ConfigError(
-            f"{options.features} layer {layer} gives a map of {rows} x {cols} for {size} pixels; "
-            "patches of whole pixels need a square map that divides the size. "
+            f"{options.features} layer {layer} gives a map of {rows} x {cols} patches of "
+            f"{patch_size} pixels for {size} x {size}, which they do not cover exactly. "
             "Choose another --image-size or --layer."
         )
-    patch_size = size // rows
     if options.patch_size not in (None, patch_size):
         raise ConfigError(
             f"{options.features} layer {layer} has patches of {patch_size} pixels, not "

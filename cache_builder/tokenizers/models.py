@@ -63,6 +63,21 @@ def find_weights(library: Library, name: str, source: str) -> str:
     return f"pretrained:{tag}"
 
 
+def tag_args(library: Library, name: str, weights: str) -> dict[str, JsonValue]:
+    """Return the model arguments that pretrained weights need and the model's name does not bring.
+
+    OpenAI's CLIP was trained with QuickGELU, and open_clip only warns when a model has another.
+    """
+    kind, _, tag = weights.partition(":")
+    if library != "open_clip" or kind != "pretrained":
+        return {}
+    open_clip = _import_open_clip()
+    asked = open_clip.get_model_config(name) or {}
+    trained = open_clip.get_pretrained_cfg(name, tag)
+    needs_quick_gelu = trained.get("quick_gelu", False) and not asked.get("quick_gelu", False)
+    return {"force_quick_gelu": True} if needs_quick_gelu else {}
+
+
 def create_model(
     library: Library,
     name: str,
@@ -130,6 +145,21 @@ def feature_map(model: nn.Module, x: Tensor, layer: str) -> Tensor:
     if type(model).__module__.startswith("open_clip"):
         return _open_clip_map(model, x, layer)
     return _timm_map(model, x, layer)
+
+
+def map_stride(model: nn.Module, layer: str) -> int:
+    """Return by how many pixels two neighbours in a map lie apart.
+
+    A map of 2 x 2 at a stride of 16 covers 32 pixels, whatever the size of the picture.
+    """
+    visual: Any = model
+    if type(model).__module__.startswith("open_clip"):
+        if hasattr(model, "layer4"):
+            return {"layer2": 8, "layer3": 16, "layer4": 32}.get(layer, 4)
+        if not hasattr(model, "trunk"):
+            return int(visual.patch_size[0])
+        visual = visual.trunk
+    return int(visual.feature_info[-1 if layer == "last" else int(layer)]["reduction"])
 
 
 def weights_digest(model: nn.Module) -> str:

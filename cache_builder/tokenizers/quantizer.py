@@ -23,6 +23,7 @@ _SCORES_PER_BLOCK = 1 << 22  # 16 MiB of float32
 _CENTRE = 128  # uint8 minus this is exact in every floating type down to bf16
 # Products of two such values summed D times stay below 2**24, exact in float32, up to this D.
 _MAX_EXACT_DIM = (1 << 24) // _CENTRE**2 - 1
+_UNDERFLOW = torch.finfo(torch.float32).tiny  # what products of tiny values lose
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
@@ -140,14 +141,16 @@ class _IntegerForm:
     distance_dtype = torch.int64
 
     def __init__(self, centroids: Tensor) -> None:
-        exact = torch.float32 if centroids.shape[1] <= _MAX_EXACT_DIM else torch.float64
+        small = centroids.shape[1] <= _MAX_EXACT_DIM
+        exact = torch.float32 if small else torch.float64
         self._centred = (centroids.to(exact) - _CENTRE).T.contiguous()
         # |c|^2 - 2 x.c passes 2**24, so the last step is done in integers.
-        self._norms = self._centred.to(torch.int64).square().sum(0).to(torch.int32)
+        self._integer = torch.int32 if small else torch.int64
+        self._norms = self._centred.to(torch.int64).square().sum(0).to(self._integer)
 
     def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
         centred = x.to(self._centred.dtype) - _CENTRE
-        scores = self._norms - 2 * (centred @ self._centred).to(torch.int32)
+        scores = self._norms - 2 * (centred @ self._centred).to(self._integer)
         best, ids = scores.min(1)
         # torch.min promises no order among equals; the first one is found in the rows that tie.
         tied = (scores == best[:, None]).sum(1) > 1
@@ -182,8 +185,9 @@ class _FloatForm:
         centred = (exact - self._mean).float()
         scores = torch.addmm(self._norms, centred, self._centred, alpha=-2)
         best, ids = scores.min(1)
-        margin = self._epsilon * (centred.norm(dim=1) + self._longest).square()
-        rows, candidates = (scores <= (best + 2 * margin)[:, None]).nonzero(as_tuple=True)
+        margin = self._epsilon * (centred.norm(dim=1) + self._longest).square() + _UNDERFLOW
+        # "Not greater", because a score that has overflowed to NaN excludes no candidate.
+        rows, candidates = (~(scores > (best + 2 * margin)[:, None])).nonzero(as_tuple=True)
         exact_of_pair = self._pair_distances(exact, rows, candidates)
         distances = torch.full_like(best, torch.inf, dtype=torch.float64)
         distances.scatter_reduce_(0, rows, exact_of_pair, "amin")

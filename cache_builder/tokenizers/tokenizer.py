@@ -125,15 +125,19 @@ class PatchTokenizer:
 
         Raises:
             ConfigError: Centroids of this codebook are not pixels, or an id is out of range.
+            ValueError: `token_ids` has another shape.
         """
         if not self.decodes_to_pixels:
             raise ConfigError(
                 f"Centroids of {self.codebook.extractor.id} with metric {self.codebook.metric} "
                 "are not pixels; only l2 codebooks of pixels can be decoded to pictures."
             )
-        ids = token_ids.to(self.device, torch.int64).reshape(
-            len(token_ids), -1, self.codebook.num_stages
-        )
+        stages = self.codebook.num_stages
+        shape = (*self.grid, stages) if stages > 1 else self.grid
+        if token_ids.shape[1:] != shape:
+            raise ValueError(f"token ids must be (B, *{shape}), not {tuple(token_ids.shape)}")
+        num_patches = self.grid[0] * self.grid[1]
+        ids = token_ids.to(self.device, torch.int64).reshape(-1, num_patches, stages)
         patches = self.quantizer.decode(ids).round().clamp(0, 255).to(torch.uint8)
         return unpatchify(patches, self.grid, self.pixel_rule.patch_size).cpu()
 

@@ -1,0 +1,1 @@
+"""Pre-training of Vision Transformers from finished token caches; no tokenizer is ever imported."""

@@ -1,0 +1,289 @@
+"""What a run leaves behind: checkpoints to resume from, and the ViT for timm.
+
+A checkpoint is one file, `OUT/checkpoints/step_00000200.pt`, published whole. It holds the weights,
+the optimizer's state and a header in JSON. No state of random generators or of the data order is
+in it, because both are functions of the step. Only tensors and plain values are read back
+(`weights_only`), and the checksum of every member is verified first.
+
+A checkpoint belongs to one cache. Resuming on tokens of another tokenizer, on other samples or
+with other settings is refused with the difference; a damaged newest checkpoint is named, never
+passed over in silence for an older one.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, Field, JsonValue, ValidationError
+from timm.models.vision_transformer import VisionTransformer
+
+from cache_builder import files
+from cache_builder.errors import ArtifactError, ConfigError, TokenizerMismatchError
+from cache_builder.formats import CacheManifest
+from cache_builder.formats.codebook import check_format_version
+from trainer.config import TrainConfig, differences, parse_config
+from trainer.model import VitSpec, build_vit
+
+FORMAT_VERSION = 1
+EXPORT_METADATA_KEY = "patchcache"
+
+# Settings that say how long, how often and where, and nothing about what is learned at a step.
+FREE_ON_RESUME: Final = frozenset(
+    {
+        "run.steps",
+        "run.device",
+        "run.log_every",
+        "run.checkpoint_every",
+        "run.keep_checkpoints",
+        "data.num_workers",
+        "data.images",
+    }
+)
+
+_FOLDER = "checkpoints"
+_PATTERN = "step_*.pt"
+_VIT_PREFIX = "vit."
+
+
+class Progress(BaseModel, frozen=True, extra="forbid"):
+    """How far a run is."""
+
+    step: int = Field(ge=0, description="optimiser steps done")
+    first_loss: float = Field(description="of step 1")
+    last_loss: float = Field(description="mean of the last logged interval")
+    unlogged: tuple[tuple[float, ...], ...] = Field(
+        (), description="metrics of the steps since the last logged one"
+    )
+
+
+class CacheIdentity(BaseModel, frozen=True, extra="forbid"):
+    """Which cache a run is trained from."""
+
+    path: str
+    fingerprint: str = Field(description="of the tokenizer")
+    content: str = Field(description="SHA-256 over the digests of the shards")
+    num_samples: int = Field(gt=0)
+    grid: tuple[int, int]
+    vocab_size: int = Field(gt=0)
+
+    @classmethod
+    def of(cls, path: Path, manifest: CacheManifest) -> "CacheIdentity":
+        """Identify a cache; moving it changes nothing but the path."""
+        shards = [[shard.num_samples, shard.sha256] for shard in manifest.shards]
+        return cls(
+            path=str(path.resolve()),
+            fingerprint=manifest.fingerprint,
+            content=files.sha256_bytes(files.canonical_json(shards)),
+            num_samples=manifest.num_samples,
+            grid=manifest.grid,
+            vocab_size=manifest.vocab_size,
+        )
+
+
+class Header(BaseModel, frozen=True, extra="forbid"):
+    """Everything in a checkpoint but the tensors."""
+
+    format_version: int = FORMAT_VERSION
+    progress: Progress
+    cache: CacheIdentity
+    model_name: str = Field(description="of timm")
+    model_arguments: dict[str, JsonValue] = Field(description="of timm.create_model")
+    config: dict[str, JsonValue] = Field(description="the resolved settings")
+
+    @property
+    def vit_spec(self) -> VitSpec:
+        """The ViT's shape."""
+        return VitSpec(self.model_name, dict(self.model_arguments))
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint in memory; tensors are on the CPU after `load`."""
+
+    header: Header
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the run.
+
+        Raises:
+            ConfigError: They are not ones that this version knows.
+        """
+        return parse_config(self.header.config)
+
+    def build_vit(self) -> VisionTransformer:
+        """Return the ViT with its trained weights."""
+        vit = build_vit(self.header.vit_spec)
+        vit.load_state_dict(_vit_state(self.model))
+        return vit
+
+
+def save(out_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`."""
+    path = out_dir / _FOLDER / f"step_{checkpoint.header.progress.step:08d}.pt"
+    content = {
+        "header": files.canonical_json(checkpoint.header.model_dump(mode="json")).decode(),
+        "model": checkpoint.model,
+        "optimizer": checkpoint.optimizer,
+    }
+    with files.publishing(path) as file:
+        torch.save(content, file)
+    for old in sorted(path.parent.glob(_PATTERN))[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest(out_dir: Path) -> Path | None:
+    """Return the checkpoint of the highest step in a run's directory, or None."""
+    return max((out_dir / _FOLDER).glob(_PATTERN), default=None)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: The file, or the directory of a run, whose newest checkpoint is meant.
+
+    Raises:
+        FormatVersionError: It was written by a newer version.
+        ArtifactError: It is missing or damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        newest = latest(path)
+        if newest is None:
+            raise ArtifactError(
+                f"{path} holds no checkpoint. Pass the --out of `patchcache train`."
+            )
+        path = newest
+    if not path.is_file():
+        raise ArtifactError(f"There is no checkpoint at {path}.")
+    try:
+        # torch itself does not look at the checksums of the members.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ArtifactError(f"{path}: member {damaged} is damaged. {_what_now(path)}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        text, model, optimizer = content["header"], content["model"], content["optimizer"]
+        check_format_version(text, FORMAT_VERSION, path)
+        return Checkpoint(Header.model_validate_json(text), model, optimizer)
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        ValidationError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as exc:
+        raise ArtifactError(
+            f"{path} is damaged or not a checkpoint: {exc}. {_what_now(path)}"
+        ) from exc
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Return what a person asks of a checkpoint, as plain values."""
+    header, model, _ = load(path)
+    vit = _vit_state(model)
+    return {
+        "step": header.progress.step,
+        "steps": header.config["run"]["steps"],  # type: ignore[index, call-overload]
+        "loss": header.progress.last_loss,
+        "model": header.model_name,
+        "model_arguments": header.model_arguments,
+        "vit_parameters": sum(tensor.numel() for tensor in vit.values()),
+        "cache": header.cache.model_dump(mode="json"),
+        "config": header.config,
+        "format_version": header.format_version,
+    }
+
+
+def check_resume(
+    path: Path, checkpoint: Checkpoint, config: TrainConfig, cache: CacheIdentity
+) -> None:
+    """Refuse to go on with a run under other circumstances than it began with.
+
+    Raises:
+        TokenizerMismatchError: The cache holds tokens of another tokenizer.
+        ConfigError: The cache holds other samples, or a setting has changed.
+    """
+    trained = checkpoint.header.cache
+    if trained.fingerprint != cache.fingerprint:
+        raise TokenizerMismatchError(
+            f"{path} was trained on tokens from {trained.fingerprint}, but {cache.path} holds "
+            f"tokens from {cache.fingerprint}. Pass the cache it was trained on, or another --out."
+        )
+    if trained.content != cache.content:
+        raise ConfigError(
+            f"{path} was trained on {trained.num_samples:,} samples in {trained.path}; "
+            f"{cache.path} has {cache.num_samples:,} and not the same shards. "
+            "Pass that cache, or another --out."
+        )
+    changed = {
+        key: values
+        for key, values in differences(checkpoint.config, config).items()
+        if key not in FREE_ON_RESUME
+    }
+    if changed:
+        listed = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(
+            f"{path} was trained with other settings: {listed}. "
+            "Go back to those, or start a new run with another --out."
+        )
+
+
+def export(checkpoint: str | Path, out: str | Path) -> str:
+    """Write the ViT of a checkpoint as timm's state dict, in one `.safetensors` file.
+
+    The same checkpoint gives the same bytes. The metadata entry `patchcache` holds, in JSON, the
+    model and its arguments, the tokenizer's fingerprint, the step, and the mean and std of the
+    input.
+
+    Args:
+        checkpoint: The file, or the directory of a run, whose newest checkpoint is meant.
+        out: The file to write, replaced if it exists.
+
+    Returns:
+        The Python expression that loads it: `timm.create_model(...)`.
+
+    Raises:
+        ArtifactError: The checkpoint is missing or damaged.
+        ConfigError: `out` does not end in `.safetensors`.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out} must end in .safetensors: timm knows the format by it.")
+    loaded = load(checkpoint)
+    header, data = loaded.header, loaded.config.data
+    metadata = {
+        "model": header.model_name,
+        "arguments": header.model_arguments,
+        "fingerprint": header.cache.fingerprint,
+        "step": header.progress.step,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    state = {name: tensor.contiguous() for name, tensor in _vit_state(loaded.model).items()}
+    text = files.canonical_json(metadata).decode()
+    files.publish(out, safetensors.torch.save(state, metadata={EXPORT_METADATA_KEY: text}))
+    arguments = {**header.model_arguments, "checkpoint_path": str(out)}
+    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"timm.create_model({header.model_name!r}, {listed})"
+
+
+def _vit_state(model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name.removeprefix(_VIT_PREFIX): tensor
+        for name, tensor in model.items()
+        if name.startswith(_VIT_PREFIX)
+    }
+
+
+def _what_now(path: Path) -> str:
+    return f"Delete {path.name} to go on from the checkpoint before it."

@@ -1,0 +1,261 @@
+"""Which samples make up which batch, and how they are read.
+
+The order is a pure function. An epoch permutes the shards, takes windows of 64 of them and permutes
+the samples inside each window, so that a shuffle over the whole cache reads few shards at a time.
+Batch k of a run is B consecutive samples of its epoch; what is left at the end of an epoch is not
+used. Which view of a sample is seen follows from the epoch and the sample's key. So the number of
+a step says everything about its data, whatever the number of workers, and a run resumes from it.
+
+Workers come from a fork server: forking a process that has used torch's threads can hang, and
+spawning pays the import of torch in every worker.
+"""
+
+import hashlib
+import multiprocessing
+import signal
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cache_builder import imaging
+from cache_builder.errors import (
+    ArtifactError,
+    ConfigError,
+    ImageError,
+    PatchCacheError,
+    SourceError,
+)
+from cache_builder.formats import CachedSample, TokenCache, View
+from cache_builder.sources import ImageJoin
+
+_WINDOW_SHARDS = 64  # as many as TokenCache keeps open
+
+
+class Pick(NamedTuple):
+    """One sample, in one epoch."""
+
+    epoch: int
+    shard: int
+    row: int
+
+
+class Batch(NamedTuple):
+    """What a step reads; B samples, one view of each."""
+
+    pixels: Tensor  # (B, 3, S, S) uint8
+    token_ids: Tensor  # (B, N) int64, or (B, N, M) with M > 1 stages
+    labels: Tensor  # (B,) int64, -1 where there is none
+    keys: list[str]
+
+
+class BatchOrder:
+    """The samples of every batch of a run."""
+
+    def __init__(self, shard_sizes: Sequence[int], batch_size: int, *, seed: int) -> None:
+        """Take the number of samples of every shard.
+
+        Raises:
+            ConfigError: All shards together do not fill one batch.
+        """
+        num_samples = sum(shard_sizes)
+        if num_samples < batch_size:
+            raise ConfigError(
+                f"The cache has {num_samples} samples, fewer than one batch of {batch_size}. "
+                f"Pass `--set data.batch_size={max(1, num_samples)}` or less, or a larger cache."
+            )
+        self.steps_per_epoch = num_samples // batch_size
+        self._shard_sizes = tuple(shard_sizes)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order = np.empty((0, 2), np.int64)
+
+    def picks(self, step: int) -> list[Pick]:
+        """Return the samples of batch `step`, counted from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = epoch_order(self._shard_sizes, seed=self._seed, epoch=epoch)
+            self._epoch = epoch
+        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return [Pick(epoch, shard, row) for shard, row in rows.tolist()]
+
+
+def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return every sample of a cache once, shuffled: (n, 2), columns shard and row."""
+    rng = np.random.default_rng([seed, epoch])
+    shards = rng.permutation(len(shard_sizes))
+    windows = []
+    for start in range(0, len(shards), _WINDOW_SHARDS):
+        window = shards[start : start + _WINDOW_SHARDS]
+        places = [
+            np.stack([np.full(shard_sizes[shard], shard), np.arange(shard_sizes[shard])], axis=1)
+            for shard in window
+        ]
+        windows.append(rng.permutation(np.concatenate(places)))
+    return np.concatenate(windows)
+
+
+def view_index(key: str, epoch: int, num_views: int) -> int:
+    """Return which view of a sample an epoch sees: V epochs see each of its V views once."""
+    return (epoch + stable_hash(key)) % num_views
+
+
+def stable_hash(text: str) -> int:
+    """Return 64 bits that depend on `text` alone, unlike Python's own hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+class CachedViews:
+    """Reads picks of a cache as batches; a copy in another process opens the cache for itself."""
+
+    def __init__(
+        self,
+        cache_path: Path,
+        *,
+        image_size: int,
+        images: str | None = None,
+        views: Literal["by epoch", "first"] = "by epoch",
+    ) -> None:
+        """Say what to read; nothing is opened yet.
+
+        Args:
+            cache_path: A finished cache.
+            image_size: Side of the pictures in a batch, pixels.
+            images: Where the images lie, for a cache that holds none and whose images have moved.
+            views: `by epoch` is `view_index`, `first` the centred square.
+        """
+        self._cache_path = cache_path
+        self._image_size = image_size
+        self._images = images
+        self._views = views
+        self._opened: TokenCache | None = None
+        self._join: ImageJoin | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs: open files belong to this one."""
+        return {**self.__dict__, "_opened": None, "_join": None}
+
+    def __getitems__(self, picks: Sequence[Pick]) -> Batch | PatchCacheError:
+        """Return the batch of these picks.
+
+        An error that a user can mend is returned, not raised: torch would hide its message in the
+        traceback of a worker. `read_batches` raises it.
+        """
+        try:
+            return self.read(picks)
+        except PatchCacheError as exc:
+            return exc
+
+    def read(self, picks: Sequence[Pick]) -> Batch:
+        """Return the batch of these picks.
+
+        Raises:
+            ArtifactError: A shard, or an image in it, is damaged.
+            ConfigError: The cache holds no images and they are not where it says.
+        """
+        pixels, token_ids, labels, keys = [], [], [], []
+        for pick in picks:
+            sample = self._cache.read(pick.shard, pick.row)
+            index = 0
+            if self._views == "by epoch":
+                index = view_index(sample.key, pick.epoch, len(sample.views))
+            pixels.append(self._pixels(sample, pick.shard, index))
+            token_ids.append(sample.token_ids[index].astype(np.int64))
+            labels.append(-1 if sample.label is None else sample.label)
+            keys.append(sample.key)
+        # (B, rows, cols[, M]) to (B, N[, M])
+        targets = torch.from_numpy(np.stack(token_ids)).flatten(1, 2)
+        return Batch(torch.stack(pixels), targets, torch.tensor(labels), keys)
+
+    def close(self) -> None:
+        """Close what this process has opened."""
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = self._join = None
+
+    @property
+    def _cache(self) -> TokenCache:
+        if self._opened is None:
+            self._opened = TokenCache.open(self._cache_path)
+        return self._opened
+
+    def _pixels(self, sample: CachedSample, shard: int, index: int) -> Tensor:
+        top, left, height, width, hflip = sample.views[index].tolist()
+        interpolation = self._cache.manifest.view_spec.interpolation
+        try:
+            picture = imaging.decode(self._image_of(sample, shard))
+            view = View(top, left, height, width, bool(hflip))
+            return imaging.apply_view(picture, view, self._image_size, interpolation)
+        except ImageError as exc:
+            raise ArtifactError(
+                f"{self._cache_path}: the image of {sample.key} is not the one that was tokenised: "
+                f"{exc}. Run `patchcache verify {self._cache_path}`."
+            ) from exc
+
+    def _image_of(self, sample: CachedSample, shard: int) -> bytes:
+        if sample.image is not None:
+            return sample.image
+        source = self._cache.manifest.spec.source
+        try:
+            if self._join is None:
+                self._join = ImageJoin(self._cache_path, source, self._images)
+            return self._join.read(shard, sample.key)
+        except SourceError as exc:
+            raise ConfigError(
+                f"{self._cache_path} holds no images, and the image of {sample.key} is not found "
+                f"in {self._images or source.location}: {exc} "
+                "Say where the images lie with `--set data.images=PLACE`."
+            ) from exc
+
+
+def read_batches(
+    dataset: CachedViews,
+    picks: Iterable[Sequence[Pick]],
+    *,
+    num_workers: int,
+    device: torch.device,
+) -> Generator[Batch]:
+    """Yield one batch per element of `picks`, in order, in pinned memory for a CUDA device.
+
+    Workers live until the iterator ends or is closed; they read ahead by two batches each.
+
+    Raises:
+        ArtifactError: A shard, or an image in it, is damaged.
+        ConfigError: The cache holds no images and they are not where it says.
+    """
+    context = None
+    if num_workers > 0:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    loader = DataLoader(
+        dataset,
+        batch_sampler=picks,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        multiprocessing_context=context,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_main_process,
+        # The workers' seed; without its own generator it would be drawn from the model's.
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        if isinstance(item, PatchCacheError):
+            raise item
+        yield item
+
+
+def _as_it_is(batch: Batch | PatchCacheError) -> Batch | PatchCacheError:
+    return batch
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # A terminal sends Ctrl-C to every process; a worker that dies of it would take the last step
+    # with it. When the main process goes, torch's watchdog ends the worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

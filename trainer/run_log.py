@@ -1,0 +1,104 @@
+"""What a run says while it runs: a line to read, a row for scripts, a point of the curve.
+
+`log.jsonl` has one row per interval, TensorBoard the same values. After a resume both go on from
+the checkpoint's step: rows of steps that are trained again are taken away first.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from cache_builder import files
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "log.jsonl"
+
+
+class LogRow(NamedTuple):
+    """The means over one interval of steps, and how fast it was."""
+
+    step: int  # optimiser steps done
+    epoch: int
+    loss: float
+    accuracy: float
+    gradient_norm: float
+    learning_rate: float
+    images_per_s: float
+    data_wait: float  # share of the time spent waiting for a batch
+
+
+class RunLog:
+    """Writes rows to `log.jsonl`, to TensorBoard where it is installed, and to the logger."""
+
+    def __init__(self, out_dir: Path, *, resumed_step: int) -> None:
+        """Open the log of a run, with rows up to and including `resumed_step`."""
+        path = out_dir / LOG_NAME
+        files.publish(path, _rows_up_to(path, resumed_step))
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.info("TensorBoard is not installed; %s alone has the curves", LOG_NAME)
+        else:
+            board = out_dir / "tensorboard"
+            self._board = SummaryWriter(str(board), purge_step=resumed_step + 1)
+
+    def write(self, row: LogRow, *, remaining_s: float) -> None:
+        """Write one row; `remaining_s` is the time that the rest of the run will take."""
+        self._file.write(json.dumps(row._asdict()) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row._asdict().items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row.step)
+        logger.info(
+            "step %d loss %.4g acc %.3f img/s %.0f wait %.0f%% eta %s",
+            row.step,
+            row.loss,
+            row.accuracy,
+            row.images_per_s,
+            100 * row.data_wait,
+            format_duration(remaining_s),
+        )
+
+    def __enter__(self) -> Self:
+        """Return the log."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_rows(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's log."""
+    lines = (out_dir / LOG_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as 45s, 1m20s or 3h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _rows_up_to(path: Path, step: int) -> bytes:
+    kept = b""
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+        try:
+            row_step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            break  # the writer was killed inside this line
+        if row_step > step or not line.endswith(b"\n"):
+            break
+        kept += line
+    return kept

@@ -1,0 +1,347 @@
+"""The training loop.
+
+Everything random about a step is drawn from generators seeded by (seed, step): weights and
+optimizer state are all there is to resume from, and a resumed run repeats the losses of an
+undisturbed one, on a CPU to the last bit. The device is asked for numbers at log points and
+checkpoints only. That is also where a loss or gradient that is not finite is noticed, and no
+checkpoint is written before that check.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from cache_builder import files
+from cache_builder.errors import ConfigError, NotFiniteError
+from cache_builder.formats import CacheManifest
+from trainer import checkpoint as checkpoints
+from trainer import pixels
+from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
+from trainer.config import TrainConfig
+from trainer.data import Batch, BatchOrder, CachedViews, read_batches
+from trainer.model import VitSpec, pick_device, vit_spec
+from trainer.objectives import build_objective
+from trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from trainer.run_log import LogRow, RunLog
+
+logger = logging.getLogger(__name__)
+
+_NUM_KEYS_NAMED = 5
+
+
+class TrainSummary(NamedTuple):
+    """What a run came to."""
+
+    steps: int  # done in all
+    first_loss: float  # of step 1
+    final_loss: float  # mean of the last logged interval
+    images_per_s: float  # in this session; 0 if it had nothing to do
+    seconds: float  # of this session's steps
+    data_wait_share: float  # of those seconds
+    checkpoint: Path
+    finished: bool  # False: it was asked to leave early, and resumes
+
+
+def run(
+    config: TrainConfig,
+    cache_path: str | Path,
+    out_dir: str | Path,
+    *,
+    resume: bool = True,
+    stop_after: int | None = None,
+) -> TrainSummary:
+    """Train from a cache until `run.steps`, or until asked to leave.
+
+    SIGTERM and Ctrl-C let the current step finish, write a checkpoint and return; a second one
+    acts at once.
+
+    Args:
+        config: The settings.
+        cache_path: A finished cache.
+        out_dir: Checkpoints, log and TensorBoard files; created if need be.
+        resume: Go on from the newest checkpoint in `out_dir`, if there is one.
+        stop_after: Leave after this step of the run, as on SIGTERM; the schedule does not change.
+
+    Raises:
+        ConfigError: Settings that do not go with the cache, or differ from those resumed.
+        ArtifactError: The cache or the newest checkpoint is damaged or unfinished.
+        TokenizerMismatchError: The checkpoint was trained on another tokenizer's tokens.
+        NotFiniteError: The loss or the gradient is no longer a number.
+    """
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"stop_after counts steps from 1; it cannot be {stop_after}.")
+    cache_path, out_dir = Path(cache_path), Path(out_dir)
+    manifest = CacheManifest.load(cache_path)
+    trainer = Trainer(config, manifest, CacheIdentity.of(cache_path, manifest), out_dir)
+    newest = checkpoints.latest(out_dir)
+    if newest is not None:
+        if not resume:
+            raise ConfigError(
+                f"{out_dir} holds a run already ({newest.name}). Resume it, or pass another --out."
+            )
+        trainer.restore(newest)
+    return trainer.train(cache_path, min(config.run.steps, stop_after or config.run.steps))
+
+
+class Trainer:
+    """One run: a model, its optimizer, and how far they are."""
+
+    def __init__(
+        self, config: TrainConfig, manifest: CacheManifest, cache: CacheIdentity, out_dir: Path
+    ) -> None:
+        """Build model and optimizer, freshly initialised from the run's seed.
+
+        Raises:
+            ConfigError: The settings do not go with the cache.
+        """
+        self.config = config
+        self.device = pick_device(config.run.device)
+        self._cache = cache
+        self._out_dir = out_dir
+        self._spec: VitSpec = vit_spec(config.model, manifest, config.data.image_size)
+        sizes = [shard.num_samples for shard in manifest.shards]
+        self._order = BatchOrder(sizes, config.data.batch_size, seed=config.run.seed)
+        torch.manual_seed(config.run.seed)
+        self.objective = build_objective(config, manifest).to(self.device)
+        self._optimizer = build_optimizer(self.objective, config.optim)
+        self._generator = torch.Generator()
+        self.step = 0  # done
+        self._losses: tuple[float, float] | None = None  # first and last
+        self._last_saved: Path | None = None
+        self._metrics: list[list[float]] = []  # of the steps since the last row, checked
+        self._unchecked: list[tuple[int, list[str], torch.Tensor]] = []
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ArtifactError: It is damaged.
+            TokenizerMismatchError: It was trained on another tokenizer's tokens.
+            ConfigError: Samples or settings differ.
+        """
+        loaded = checkpoints.load(path)
+        checkpoints.check_resume(path, loaded, self.config, self._cache)
+        self.objective.load_state_dict(loaded.model)
+        self._optimizer.load_state_dict(loaded.optimizer)
+        progress = loaded.header.progress
+        self.step = progress.step
+        self._losses = progress.first_loss, progress.last_loss
+        self._metrics = [list(values) for values in progress.unlogged]
+        self._last_saved = path
+        logger.info("resuming from %s", path)
+
+    def train(self, cache_path: Path, last_step: int) -> TrainSummary:
+        """Take steps until `last_step` are done or a signal asks to leave."""
+        config = self.config
+        files.sweep(self._out_dir)
+        dataset = CachedViews(
+            cache_path, image_size=self._spec.image_size, images=config.data.images
+        )
+        batches = read_batches(
+            dataset,
+            map(self._order.picks, range(self.step, last_step)),
+            num_workers=config.data.num_workers,
+            device=self.device,
+        )
+        self.objective.train()
+        first_step, log_every = self.step, config.run.log_every
+        watch = _Stopwatch()
+        with (
+            RunLog(self._out_dir, resumed_step=self.step) as log,
+            contextlib.closing(batches),
+            contextlib.closing(dataset),
+            _stop_request() as stop,
+        ):
+            while self.step < last_step:
+                with watch.waiting():
+                    batch = next(batches)
+                self._take_step(batch)
+                leaving = self.step == last_step or stop.is_set()
+                is_row_due = self.step in (1, config.run.steps) or self.step % log_every == 0
+                is_save_due = leaving or self.step % config.run.checkpoint_every == 0
+                if is_row_due or is_save_due:
+                    self._check()
+                if is_row_due:
+                    self._log(log, watch)
+                if is_save_due:
+                    self._save()
+                if leaving:
+                    break
+        finished = self.step >= config.run.steps
+        if not finished:
+            logger.info("left after step %d; the same command goes on from there", self.step)
+        assert self._losses is not None
+        assert self._last_saved is not None
+        num_images = (self.step - first_step) * config.data.batch_size
+        return TrainSummary(
+            steps=self.step,
+            first_loss=self._losses[0],
+            final_loss=self._losses[1],
+            images_per_s=num_images / watch.total_s if num_images else 0.0,
+            seconds=watch.total_s,
+            data_wait_share=watch.total_waited_s / watch.total_s if num_images else 0.0,
+            checkpoint=self._last_saved,
+            finished=finished,
+        )
+
+    def _take_step(self, batch: Batch) -> None:
+        config, step = self.config, self.step
+        torch.manual_seed(_seed(config.run.seed, step, "model"))
+        self._generator.manual_seed(_seed(config.run.seed, step, "data"))
+        images = pixels.to_unit_range(batch.pixels, self.device)
+        if config.data.color_jitter:
+            images = pixels.jitter_colour(images, config.data.color_jitter, self._generator)
+        images = pixels.normalise(images, config.data.mean, config.data.std)
+        token_ids = batch.token_ids.to(self.device, non_blocking=True)
+        set_learning_rate(self._optimizer, learning_rate(step, config))
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=config.run.precision == "bf16"
+        ):
+            result = self.objective(images, token_ids, self._generator)
+        self._optimizer.zero_grad()
+        result["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.objective.parameters(), config.optim.clip_norm or math.inf
+        )
+        self._optimizer.step()
+        self.step += 1
+        metrics = torch.stack([result["loss"].detach(), result["accuracy"], norm])
+        self._unchecked.append((self.step, batch.keys, metrics))
+
+    def _check(self) -> None:
+        """Fetch the metrics of the last steps and see that they are numbers.
+
+        Raises:
+            NotFiniteError: They are not.
+        """
+        if not self._unchecked:
+            return
+        values = torch.stack([metrics for _, _, metrics in self._unchecked]).tolist()
+        for (step, keys, _), (loss, _, norm) in zip(self._unchecked, values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NotFiniteError(_not_finite_message(step, keys, loss, norm))
+        self._unchecked.clear()
+        if self._losses is None:
+            self._losses = values[0][0], values[0][0]
+        self._metrics.extend(values)
+
+    def _log(self, log: RunLog, watch: "_Stopwatch") -> None:
+        loss, accuracy, norm = (
+            sum(column) / len(column) for column in zip(*self._metrics, strict=True)
+        )
+        assert self._losses is not None
+        self._losses = self._losses[0], loss
+        elapsed_s, waited_s, num_steps = watch.lap()
+        row = LogRow(
+            step=self.step,
+            epoch=(self.step - 1) // self._order.steps_per_epoch,
+            loss=loss,
+            accuracy=accuracy,
+            gradient_norm=norm,
+            learning_rate=learning_rate(self.step - 1, self.config),
+            images_per_s=num_steps * self.config.data.batch_size / elapsed_s,
+            data_wait=waited_s / elapsed_s,
+        )
+        self._metrics.clear()
+        log.write(row, remaining_s=(self.config.run.steps - self.step) * elapsed_s / num_steps)
+
+    def _save(self) -> None:
+        assert self._losses is not None
+        progress = Progress(
+            step=self.step,
+            first_loss=self._losses[0],
+            last_loss=self._losses[1],
+            unlogged=tuple(tuple(values) for values in self._metrics),
+        )
+        header = Header(
+            progress=progress,
+            cache=self._cache,
+            model_name=self._spec.name,
+            model_arguments=self._spec.arguments,
+            config=self.config.model_dump(mode="json"),
+        )
+        content = Checkpoint(header, self.objective.state_dict(), self._optimizer.state_dict())
+        keep = self.config.run.keep_checkpoints
+        self._last_saved = checkpoints.save(self._out_dir, content, keep=keep)
+        logger.info("wrote %s", self._last_saved)
+
+
+class _Stopwatch:
+    """Time of the run and of each interval, and how much of it was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._started = self._lap_started = time.perf_counter()
+        self._lap_waited_s = 0.0
+        self.total_waited_s = 0.0
+        self._steps = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        waited_s = time.perf_counter() - began
+        self._steps += 1
+        self._lap_waited_s += waited_s
+        self.total_waited_s += waited_s
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def lap(self) -> tuple[float, float, int]:
+        """Return seconds, seconds waited and steps since the last lap."""
+        now = time.perf_counter()
+        lap = (now - self._lap_started, self._lap_waited_s, self._steps)
+        self._lap_started, self._lap_waited_s, self._steps = now, 0.0, 0
+        return lap
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set; the second signal acts as it did before."""
+    stop = threading.Event()
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        previous.clear()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        logger.info("%s: leaving after this step", signal.Signals(number).name)
+        stop.set()
+        restore()
+
+    # Python allows handlers in the main thread only; elsewhere nobody can ask.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def _seed(seed: int, step: int, purpose: str) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1  # torch takes 63 bits
+
+
+def _not_finite_message(step: int, keys: list[str], loss: float, norm: float) -> str:
+    named = ", ".join(keys[:_NUM_KEYS_NAMED])
+    more = f" and {len(keys) - _NUM_KEYS_NAMED} more" if len(keys) > _NUM_KEYS_NAMED else ""
+    return (
+        f"Step {step}: loss {loss}, gradient norm {norm}. Its batch: {named}{more} "
+        f"({len(keys)} samples). Start a new run with a lower optim.lr, more optim.warmup_steps "
+        "or run.precision=fp32; if that stops at the same samples, look at their images."
+    )

@@ -113,8 +113,10 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 
     steps: int = Field(gt=0, description="optimiser steps of the whole run")
     seed: int = Field(0, ge=0)
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: autocast over float32 weights"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="bf16: autocast over float32 weights; auto: bf16 where the device computes in "
+        "it, fp32 elsewhere (a CPU that emulates bf16 is three times slower with it)",
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is one"

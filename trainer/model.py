@@ -104,6 +104,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Say whether `run.precision` means bfloat16 autocast on a device."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
 def _require_vit(name: str) -> None:
     if not timm.is_model(name):
         raise ConfigError(

@@ -29,7 +29,7 @@ from trainer import pixels
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
 from trainer.config import TrainConfig
 from trainer.data import Batch, BatchOrder, CachedViews, read_batches
-from trainer.model import VitSpec, pick_device, vit_spec
+from trainer.model import VitSpec, pick_device, uses_bf16, vit_spec
 from trainer.objectives import build_objective
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.run_log import LogRow, RunLog
@@ -106,6 +106,7 @@ class Trainer:
         """
         self.config = config
         self.device = pick_device(config.run.device)
+        self._is_bf16 = uses_bf16(config.run.precision, self.device)
         self._cache = cache
         self._out_dir = out_dir
         self._spec: VitSpec = vit_spec(config.model, manifest, config.data.image_size)
@@ -204,9 +205,7 @@ class Trainer:
         images = pixels.normalise(images, config.data.mean, config.data.std)
         token_ids = batch.token_ids.to(self.device, non_blocking=True)
         set_learning_rate(self._optimizer, learning_rate(step, config))
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=config.run.precision == "bf16"
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16):
             result = self.objective(images, token_ids, self._generator)
         self._optimizer.zero_grad()
         result["loss"].backward()

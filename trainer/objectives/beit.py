@@ -23,7 +23,7 @@ _INIT_STD = 0.02
 _HEAD_DIM = 32  # of the decoder's attention, as in MAE: 512 wide, 16 heads
 
 
-class MaskedTokens(nn.Module):  # type: ignore[misc]  # torch is not type-checked
+class MaskedTokens(nn.Module):
     """Cross-entropy of the token ids of masked patches.
 
     Attributes:
@@ -143,7 +143,7 @@ class MaskedTokens(nn.Module):  # type: ignore[misc]  # torch is not type-checke
         return vit.norm(vit.blocks(vit.norm_pre(tokens)))
 
 
-class Decoder(nn.Module):  # type: ignore[misc]  # torch is not type-checked
+class Decoder(nn.Module):
     """A few blocks over the encoder's output and one mask token per masked patch."""
 
     def __init__(self, encoder_dim: int, dim: int, depth: int, num_patches: int) -> None:

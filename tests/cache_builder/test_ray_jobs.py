@@ -1,0 +1,101 @@
+"""Work on Ray: every unit is done, errors keep their class, and a dead worker loses nothing."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cache_builder.errors import SourceError
+from cache_builder.ray_jobs import ClusterOptions, map_units
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+ONE = ClusterOptions(num_workers=1)
+
+
+class TellsWhoItIs:
+    def run(self, unit):
+        import torch
+
+        time.sleep(0.02)
+        return unit, os.getpid(), torch.get_num_threads()
+
+
+class Fails:
+    def __init__(self, error):
+        self.error = error
+
+    def run(self, unit):
+        if unit == 1:
+            raise self.error
+        return unit
+
+
+class DiesOnce:
+    """Kills its own process in the middle of unit 3, the first time."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def run(self, unit):
+        marker = self.folder / "died"
+        if unit == 3 and not marker.exists():
+            marker.touch()
+            os._exit(1)
+        (self.folder / f"{unit}.done").touch()
+        return unit
+
+
+def raise_error(error):
+    raise error
+
+
+def test_a_generator_of_units_is_done_completely_and_not_faster_than_the_work():
+    # A generator that is closed after its first unit would end the job early and silently.
+    taken = []
+
+    def units():
+        for unit in range(40):
+            taken.append(unit)
+            yield unit
+
+    results = []
+    # Three workers on two CPUs: a machine may have fewer CPUs than there are GPUs to feed.
+    for result in map_units(TellsWhoItIs, units(), ClusterOptions(num_workers=3)):
+        results.append(result)
+        assert len(taken) <= len(results) + 2 * 3  # two units in flight for each worker
+    assert sorted(unit for unit, _, _ in results) == list(range(40))
+    assert {threads for _, _, threads in results} == {1}
+
+
+def test_no_units_are_no_work():
+    assert list(map_units(TellsWhoItIs, iter(()), ONE)) == []
+
+
+@pytest.mark.parametrize("error", [SourceError("the disk is gone"), PermissionError(13, "denied")])
+def test_an_error_that_a_user_can_mend_reaches_the_caller_as_it_is(error):
+    with pytest.raises(type(error)) as caught:
+        list(map_units(partial(Fails, error), range(5), ONE))
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
+
+
+def test_an_error_while_a_worker_is_made_reaches_the_caller_as_it_is():
+    with pytest.raises(SourceError, match="^no weights here$"):
+        list(map_units(partial(raise_error, SourceError("no weights here")), range(3), ONE))
+
+
+def test_a_bug_keeps_its_traceback_and_the_next_job_works():
+    with pytest.raises(ZeroDivisionError, match=r"in run"):
+        list(map_units(partial(Fails, ZeroDivisionError("a bug")), range(5), ONE))
+    results = map_units(TellsWhoItIs, range(5), ONE)
+    assert next(results)[0] == 0
+    results.close()  # a caller may stop in the middle
+
+
+def test_a_worker_that_dies_is_restarted_and_nothing_is_lost(tmp_path):
+    results = list(map_units(partial(DiesOnce, str(tmp_path)), range(10), ONE))
+    assert (tmp_path / "died").exists()
+    assert sorted(results) == list(range(10))
+    assert {path.stem for path in tmp_path.glob("*.done")} == {str(unit) for unit in range(10)}

@@ -1,0 +1,251 @@
+"""`nearest_centroid` is the definition, exactly, however the sums are taken."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from cache_builder.errors import ConfigError
+from cache_builder.tokenizers import CentroidIndex, nearest_centroid
+from cache_builder.tokenizers.quantizer import ResidualQuantizer
+
+VECTORS = Path(__file__).parents[2] / "vectors"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def brute_force(x, centroids):
+    """The definition, written so that nobody can get it wrong."""
+    exact = np.int64 if x.dtype == centroids.dtype == np.uint8 else np.float64
+    distances = np.array([np.square(row.astype(exact) - centroids).sum(1) for row in x])
+    return distances.argmin(1), distances.min(1)
+
+
+def assert_exact(x, centroids, device="cpu"):
+    index = CentroidIndex(torch.from_numpy(centroids).to(device))
+    ids, distances = index.assign(torch.from_numpy(x).to(device))
+    expected_ids, expected_distances = brute_force(x, centroids)
+    np.testing.assert_array_equal(ids.cpu(), expected_ids)
+    if distances.dtype == torch.int64:
+        np.testing.assert_array_equal(distances.cpu(), expected_distances)
+    else:
+        np.testing.assert_allclose(distances.cpu(), expected_distances, rtol=1e-12)
+
+
+def bytes_of(rng, *shape):
+    return rng.integers(0, 256, shape).astype(np.uint8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("n", "k", "dim"), [(1, 1, 1), (300, 7, 3), (500, 64, 768), (70, 33, 48)])
+def test_uint8_is_exact(device, n, k, dim):
+    rng = np.random.default_rng(0)
+    assert_exact(bytes_of(rng, n, dim), bytes_of(rng, k, dim), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim", [1023, 1024, 3 * 32**2, 3 * 128**2])
+def test_uint8_is_exact_where_the_sums_pass_the_float32_integers_and_int32(device, dim):
+    # The extreme values: every term of every sum is as large as it can be.
+    x = np.array([[0], [255], [255]], np.uint8).repeat(dim, 1)
+    x[2, 0] = 0
+    centroids = np.array([[255], [0], [0], [255]], np.uint8).repeat(dim, 1)
+    centroids[2, -1] = 1
+    centroids[3, 0] = 1
+    assert_exact(x, centroids, device)
+    rng = np.random.default_rng(1)
+    near = bytes_of(rng, 4, dim).repeat(5, 0)
+    near[np.arange(20), rng.integers(0, dim, 20)] ^= 1  # rows that differ in one bit
+    assert_exact(near, near[::-1].copy(), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim", [2, 64, 768])
+def test_floats_are_decided_in_float64(device, dim):
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(400, dim)).astype(np.float32)
+    centroids = rng.normal(size=(50, dim)).astype(np.float32)
+    assert_exact(x, centroids, device)
+    assert_exact(x + 1000, centroids + 1000, device)  # far from the origin the squares cancel
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_near_ties_that_float32_cannot_see_are_decided_rightly(device):
+    rng = np.random.default_rng(3)
+    dim = 64
+    base = rng.normal(size=(20, dim)).astype(np.float32)
+    centroids = base.repeat(5, 0)
+    # Five copies of each, one unit in the last place apart in a few values.
+    for row in centroids:
+        at = rng.integers(0, dim, 3)
+        row[at] = np.nextafter(row[at], np.float32(10))
+    x = (base + rng.normal(size=base.shape) * 1e-3).astype(np.float32)
+    assert_exact(x, centroids, device)
+    assert_exact(base, centroids, device)
+
+
+def test_a_mix_of_uint8_and_float_is_exact():
+    rng = np.random.default_rng(4)
+    pixels, means = bytes_of(rng, 200, 12), (rng.random((30, 12)) * 255).astype(np.float32)
+    assert_exact(pixels, means)
+    assert_exact(means, pixels)
+    assert_exact(means.astype(np.float64), pixels)
+
+
+def test_half_precision_is_taken_at_its_value():
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy(rng.normal(size=(100, 16)))
+    centroids = torch.from_numpy(rng.normal(size=(20, 16)))
+    for dtype in (torch.float16, torch.bfloat16):
+        ids = nearest_centroid(x.to(dtype), centroids.to(dtype))
+        expected, _ = brute_force(
+            x.to(dtype).double().numpy(), centroids.to(dtype).double().numpy()
+        )
+        np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_tie_goes_to_the_lowest_index(device, dtype):
+    x = torch.from_numpy(np.array([[4, 4], [0, 0], [9, 9]], dtype)).to(device)
+    centroids = np.array([[9, 9], [0, 0], [0, 8], [8, 0], [0, 0], [9, 9]], dtype)
+    ids = nearest_centroid(x, torch.from_numpy(centroids).to(device))
+    assert ids.tolist() == [1, 1, 0]
+
+
+@settings(max_examples=50)
+@given(
+    arrays.arrays(np.uint8, (5, 3), elements=st.integers(0, 4)),
+    arrays.arrays(np.uint8, (6, 3), elements=st.integers(0, 4)),
+)
+def test_small_integers_with_many_ties_agree_in_every_type(x, centroids):
+    for a, b in ((np.uint8, np.uint8), (np.float32, np.uint8), (np.float32, np.float32)):
+        assert_exact(x.astype(a), centroids.astype(b))
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 2000),
+    st.sampled_from([1e-30, 1e-20, 1e-6, 1.0, 1e6, 1e18, 1e25, 1e38]),
+    st.integers(0, 10**6),
+)
+def test_any_scale_of_floats_is_exact(k, dim, scale, seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.uniform(-1, 1, (7, dim)) * scale).astype(np.float32)
+    centroids = (rng.uniform(-1, 1, (k, dim)) * scale).astype(np.float32)
+    assert_exact(x, centroids)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_blocks_do_not_change_the_answer(dtype, monkeypatch):
+    rng = np.random.default_rng(6)
+    x, centroids = (bytes_of(rng, n, 6).astype(dtype) for n in (1000, 100))
+    whole = nearest_centroid(torch.from_numpy(x), torch.from_numpy(centroids))
+    monkeypatch.setattr("cache_builder.tokenizers.quantizer._SCORES_PER_BLOCK", 1000)
+    assert torch.equal(nearest_centroid(torch.from_numpy(x), torch.from_numpy(centroids)), whole)
+    one_by_one = [nearest_centroid(torch.from_numpy(row[None]), torch.from_numpy(centroids))
+                  for row in x[:50]]  # fmt: skip
+    assert torch.equal(torch.cat(one_by_one), whole[:50])
+
+
+def test_the_number_of_threads_does_not_change_the_answer():
+    rng = np.random.default_rng(7)
+    x = torch.from_numpy(rng.normal(size=(2000, 48)).astype(np.float32))
+    centroids = torch.from_numpy(rng.normal(size=(300, 48)).astype(np.float32))
+    before = torch.get_num_threads()
+    answers = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        answers.append(nearest_centroid(x, centroids))
+    torch.set_num_threads(before)
+    assert torch.equal(*answers)
+
+
+def test_ids_are_those_of_the_official_ccvit_code():
+    from cache_builder.imaging import patchify
+
+    recorded = np.load(VECTORS / "ccvit_step.npz")
+    centroids = np.random.RandomState(13).random_sample((64, 768)).astype(np.float32)
+    images = np.random.RandomState(14).random_sample((2, 3, 224, 224)).astype(np.float32)
+    patches = patchify(torch.from_numpy(images), 16)
+    ids = nearest_centroid(patches.reshape(-1, 768), torch.from_numpy(centroids))
+    np.testing.assert_array_equal(ids.view(2, 196), recorded["codes"])
+
+
+def test_precision_settings_of_the_caller_are_overridden_and_restored():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        rng = np.random.default_rng(8)
+        assert_exact(bytes_of(rng, 100, 300), bytes_of(rng, 20, 300))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_no_rows_give_no_ids():
+    for dtype in (torch.uint8, torch.float32):
+        ids, distances = CentroidIndex(torch.zeros(2, 3, dtype=dtype)).assign(
+            torch.zeros(0, 3, dtype=dtype)
+        )
+        assert ids.shape == distances.shape == (0,)
+        assert ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("x", "centroids", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4), r"x must be \(n, 4\).* not \(2, 3\)"),
+        (torch.zeros(3), torch.zeros(2, 3), r"x must be \(n, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(0, 3), "K > 0"),
+        (torch.zeros(2, 3), torch.zeros(3), r"centroids must be \(K, D\)"),
+        (torch.tensor([[0.0, torch.nan]]), torch.zeros(2, 2), "x holds NaN"),
+        (torch.tensor([[0.0, torch.inf]]), torch.zeros(2, 2), "x holds NaN or infinity"),
+        (torch.zeros(2, 1), torch.tensor([[torch.nan]]), "centroids hold NaN"),
+    ],
+)
+def test_what_has_no_nearest_centroid_is_refused(x, centroids, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_centroid(x, centroids)
+
+
+def residual_by_hand(x, stages):
+    """Quantise row by row, stage by stage."""
+    rows = []
+    for row in x.astype(np.float64):
+        left, ids = row, []
+        for centroids in stages.astype(np.float64):
+            ids.append(int(np.square(left - centroids).sum(1).argmin()))
+            left = left - centroids[ids[-1]]
+        rows.append(ids)
+    return np.array(rows)
+
+
+def test_residual_stages_quantise_what_is_left_over():
+    rng = np.random.default_rng(9)
+    x = rng.integers(-500, 500, (200, 5)).astype(np.float32)  # exact in every step
+    stages = rng.integers(-200, 200, (3, 8, 5)).astype(np.float32)
+    quantizer = ResidualQuantizer(torch.from_numpy(stages))
+    ids = quantizer.encode(torch.from_numpy(x))
+    np.testing.assert_array_equal(ids, residual_by_hand(x, stages))
+    decoded = quantizer.decode(ids)
+    np.testing.assert_array_equal(decoded, stages[np.arange(3), ids].sum(1))
+    errors = [np.square(x - stages[np.arange(m), ids[:, :m]].sum(1)).sum() for m in (1, 2, 3)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_one_stage_is_the_nearest_centroid():
+    rng = np.random.default_rng(10)
+    x, centroids = bytes_of(rng, 100, 6), bytes_of(rng, 9, 6)
+    ids = ResidualQuantizer(torch.from_numpy(centroids[None])).encode(torch.from_numpy(x))
+    np.testing.assert_array_equal(ids[:, 0], brute_force(x, centroids)[0])
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_an_id_out_of_range_cannot_be_decoded(bad):
+    quantizer = ResidualQuantizer(torch.zeros(1, 4, 2))
+    with pytest.raises(ConfigError, match=r"do not lie in \[0, 4\)"):
+        quantizer.decode(torch.tensor([[0], [bad]]))

@@ -1,0 +1,76 @@
+"""Fixtures that every package's tests share."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import factories
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("PATCHCACHE_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("network") and "network" not in item.config.option.markexpr:
+        pytest.skip("downloads weights or data; ask for it with -m network")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tensors are small here; threads that wait for each other on a busy machine only cost."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One Ray of two CPUs for all tests; `map_units` joins a Ray that is already running."""
+    import ray
+
+    # Ray's workers are nice to other processes by default, and starve on a busy machine.
+    os.environ["RAY_worker_niceness"] = "0"
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR,
+        log_to_driver=False,
+    )  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def codebook_path(tmp_path):
+    """A pixel codebook of six colours: patches of 4 pixels, 4 x 4 of them."""
+    return factories.write_codebook(tmp_path / "codebook.safetensors")
+
+
+def _data(name):
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there; PATCHCACHE_TEST_DATA may name its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """250 ImageNet photographs, flat."""
+    return _data("photos")
+
+
+@pytest.fixture(scope="session")
+def cifar_tar():
+    """CIFAR-10 as JPEGs in one tar."""
+    return _data("cifar10-25k.tar")
+
+
+@pytest.fixture(scope="session")
+def mobilenet_weights():
+    """Weights of a real ImageNet encoder, timm's mobilenetv2_100."""
+    return _data("weights/mobilenetv2_100.same.fp16.safetensors")

@@ -1,0 +1,143 @@
+"""What tests draw and build: pictures in known colours, folders, tars, codebooks and caches."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cache_builder import build, files
+from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.manifest import BuildPlan, CacheManifest, unit_record_path
+from cache_builder.planning import settle_plan
+from cache_builder.sources import Listing, open_source
+
+PATCH = 4  # side of a patch of the drawn pictures
+GRID = 4
+SIZE = PATCH * GRID
+
+COLOURS = np.array(
+    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]], np.uint8
+)
+
+
+def draw_patches(ids, patch_size=PATCH, colours=COLOURS):
+    """Draw (rows, cols) ids as a picture (H, W, 3) whose patch at (r, c) has colour ids[r, c]."""
+    return np.repeat(np.repeat(colours[np.asarray(ids)], patch_size, 0), patch_size, 1)
+
+
+def draw_photo(seed, height=48, width=64):
+    """Draw something as smooth and as varied as a photograph: waves, a gradient, some noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    picture = np.zeros((height, width, 3))
+    for channel in range(3):
+        for _ in range(4):
+            fy, fx, phase = rng.uniform(0, 0.3), rng.uniform(0, 0.3), rng.uniform(0, 6)
+            picture[..., channel] += rng.uniform(10, 40) * np.sin(fy * y + fx * x + phase)
+        picture[..., channel] += 128 + rng.uniform(-1, 1) * (x - width / 2)
+    picture += rng.normal(0, 3, picture.shape)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def random_ids(seed, rows=GRID, cols=GRID, num_colours=6):
+    return np.random.default_rng(seed).integers(0, num_colours, (rows, cols))
+
+
+def encode(pixels, image_format="PNG", **options):
+    """Encode an array or a Pillow image."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def write_folder(root: Path, content: dict[str, bytes]) -> Path:
+    for name, data in content.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def colour_codebook(colours=COLOURS, size=SIZE, patch_size=PATCH, **changes: Any) -> Codebook:
+    """Return a pixel codebook whose centroid i is one patch of colour i."""
+    centroids = np.repeat(np.asarray(colours, np.uint8), patch_size**2, axis=1)[None]
+    fields: dict[str, Any] = {
+        "metric": "l2",
+        "pixel_rule": PixelRule(size=size, patch_size=patch_size),
+        "extractor": ExtractorSpec(id="pixel"),
+    }
+    counts = np.ones(centroids.shape[:2], np.int64)
+    return Codebook(centroids, counts, **(fields | changes))
+
+
+def write_codebook(path: Path, **changes: Any) -> Path:
+    colour_codebook(**changes).save(path)
+    return path
+
+
+def patch_images(num_images, **shape) -> dict[str, bytes]:
+    """Return PNGs in known colours, half of them in class `a`, half in class `b`."""
+    return {
+        f"{'ab'[i % 2]}/{i:03d}.png": encode(draw_patches(random_ids(i, **shape)))
+        for i in range(num_images)
+    }
+
+
+def photo_images(num_images, **shape) -> dict[str, bytes]:
+    """Return JPEGs of drawn photographs in two classes."""
+    return {
+        f"{'ab'[i % 2]}/{i:03d}.jpg": encode(draw_photo(i, **shape), "JPEG", quality=90)
+        for i in range(num_images)
+    }
+
+
+def build_cache(listing: Listing | None = None, **settings: Any) -> CacheManifest:
+    """Build a cache as `patchcache build` does, one unit after another in this process."""
+    options = build.BuildOptions(**({"device": "cpu"} | settings))
+    plan = plan_cache(listing, **settings)
+    worker = build.BuildWorker(str(options.out), options.images, "cpu", options.weights)
+    for unit in range(plan.num_units):
+        worker.run(unit)
+    return build._finish(options.out, plan)
+
+
+def plan_cache(listing: Listing | None = None, **settings: Any) -> BuildPlan:
+    """Write the plan of a build, and no unit of it."""
+    options = build.BuildOptions(**settings)
+    codebook = Codebook.load(options.codebook)
+    listing = listing or open_source(options.images).scan(options.unit_size)
+    spec = build._cache_spec(options, codebook, listing)
+    return settle_plan(options.out, spec, listing, codebook)
+
+
+def rewrite_record(cache_dir: Path, unit: int, record) -> None:
+    """Replace a commit record, and publish the manifest that belongs to it."""
+    plan = build.read_model(BuildPlan, cache_dir / "plan.json")
+    files.publish(unit_record_path(cache_dir, unit), build.to_json(record))
+    build._finish(cache_dir, plan)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Return every file below `root` by its relative path, for comparing whole directories."""
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def flip_byte(path: Path, position: int = -1) -> None:
+    """Damage one byte; by default the middle one."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position < 0 else position] ^= 0x55
+    path.write_bytes(data)

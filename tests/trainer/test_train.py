@@ -1,0 +1,209 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cache_builder.errors import (
+    ArtifactError,
+    ConfigError,
+    FormatVersionError,
+    NotFiniteError,
+    TokenizerMismatchError,
+)
+from tests import factories
+from tests.trainer.caches import make_cache, tiny_config
+from trainer import checkpoint as checkpoints
+from trainer import train
+from trainer.model import uses_bf16
+
+TRAIN = """
+import sys
+from pathlib import Path
+from tests.trainer.caches import tiny_config
+from trainer import train
+import torch
+torch.set_num_threads(1)
+cache, out = map(Path, sys.argv[1:])
+train.run(tiny_config(run={"checkpoint_every": 3}), cache, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("trained"))
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def weights(path):
+    return checkpoints.load(path).model
+
+
+def assert_equal_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_training_learns_what_visible_patches_tell_of_masked_ones(tmp_path):
+    # Every picture is one plain colour, so a visible patch names the token of every masked one.
+    plain = {
+        f"{i:03d}.png": factories.encode(factories.draw_patches(np.full((4, 4), i % 6)))
+        for i in range(48)
+    }
+    images = factories.write_folder(tmp_path / "images", plain)
+    codebook = factories.write_codebook(tmp_path / "codebook.safetensors")
+    factories.build_cache(images=str(images), codebook=codebook, out=tmp_path / "cache")
+    config = tiny_config(run={"steps": 80}, data={"batch_size": 16})
+    summary = train.run(config, tmp_path / "cache", tmp_path / "run")
+    assert summary.finished
+    assert summary.first_loss == pytest.approx(math.log(len(factories.COLOURS)), rel=0.1)
+    assert summary.final_loss < 0.2
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "zarr"])
+def test_a_killed_run_repeats_the_losses_of_an_undisturbed_one_to_the_bit(tmp_path, layout):
+    cache = make_cache(tmp_path, layout=layout)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.run(tiny_config(run={"checkpoint_every": 3}), cache, whole)
+    argv = [sys.executable, "-c", TRAIN, str(cache), str(killed)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}  # noqa: PTH109
+    process = subprocess.Popen(argv, env=environment)
+    while checkpoints.latest(killed) is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train.run(tiny_config(run={"checkpoint_every": 3}), cache, killed)
+    assert losses(killed) == losses(whole)
+    assert_equal_weights(weights(killed), weights(whole))
+
+
+def test_stopping_and_going_on_changes_nothing_wherever_it_happens(cache, tmp_path):
+    config = tiny_config(model={"drop_path": 0.3}, data={"color_jitter": 0.4})
+    train.run(config, cache, tmp_path / "whole")
+    for stop_after in (1, 4, 7):
+        train.run(config, cache, tmp_path / "parts", stop_after=stop_after)
+    train.run(config, cache, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_equal_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_sigterm_finishes_the_step_and_writes_a_checkpoint(cache, tmp_path):
+    argv = [sys.executable, "-c", TRAIN.replace("{", '{"steps": 100_000, ', 1), str(cache)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}  # noqa: PTH109
+    process = subprocess.Popen([*argv, str(tmp_path)], env=environment)
+    while checkpoints.latest(tmp_path) is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=30) == 0
+    newest = checkpoints.latest(tmp_path)
+    assert checkpoints.load(newest).header.progress.step == max(losses(tmp_path))
+
+
+def test_a_finished_run_has_nothing_to_do(cache, tmp_path):
+    first = train.run(tiny_config(), cache, tmp_path)
+    again = train.run(tiny_config(), cache, tmp_path)
+    assert again.steps == first.steps
+    assert again.checkpoint == first.checkpoint
+    assert len(losses(tmp_path)) == 12
+
+
+def test_tokens_of_another_tokenizer_are_refused_by_both_names(cache, tmp_path):
+    out = tmp_path / "run"
+    train.run(tiny_config(), cache, out, stop_after=2)
+    images = factories.write_folder(tmp_path / "images", factories.patch_images(24))
+    other = factories.write_codebook(tmp_path / "c.safetensors", colours=factories.COLOURS[::-1])
+    factories.build_cache(
+        images=str(images), codebook=other, out=tmp_path / "other", num_views=2, unit_size=10
+    )
+    names = [
+        checkpoints.CacheManifest.load(path).fingerprint for path in (cache, tmp_path / "other")
+    ]
+    with pytest.raises(TokenizerMismatchError, match=f"{names[0]}.*{names[1]}"):
+        train.run(tiny_config(), tmp_path / "other", out)
+
+
+def test_changed_settings_are_refused_with_the_difference(cache, tmp_path):
+    train.run(tiny_config(), cache, tmp_path, stop_after=2)
+    with pytest.raises(ConfigError, match=r"optim.lr was 0.002, is 0.001"):
+        train.run(tiny_config(optim={"lr": 1e-3}), cache, tmp_path)
+
+
+def test_a_longer_run_may_go_on_from_a_shorter_one(cache, tmp_path):
+    train.run(tiny_config(), cache, tmp_path)
+    assert train.run(tiny_config(run={"steps": 15}), cache, tmp_path).steps == 15
+
+
+def test_an_output_that_is_taken_is_refused_without_resume(cache, tmp_path):
+    train.run(tiny_config(), cache, tmp_path, stop_after=1)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train.run(tiny_config(), cache, tmp_path, resume=False)
+
+
+def test_a_loss_that_is_no_number_names_the_samples_and_leaves_no_checkpoint(cache, tmp_path):
+    config = tiny_config(optim={"lr": 1e30, "clip_norm": None, "warmup_steps": 0})
+    with pytest.raises(
+        NotFiniteError, match=r"Step \d+: loss nan.*[ab]/\d{3}.*8 samples.*optim.lr"
+    ):
+        train.run(config, cache, tmp_path)
+    assert checkpoints.latest(tmp_path) is None
+
+
+def test_only_the_newest_checkpoints_are_kept(cache, tmp_path):
+    train.run(tiny_config(run={"checkpoint_every": 2, "keep_checkpoints": 3}), cache, tmp_path)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000008.pt", "step_00000010.pt", "step_00000012.pt"]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(cache, tmp_path):
+    newest = train.run(tiny_config(), cache, tmp_path).checkpoint
+    factories.flip_byte(newest)
+    with pytest.raises(ArtifactError, match=rf"{newest.name}.*Delete {newest.name}"):
+        train.run(tiny_config(run={"steps": 20}), cache, tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 no zip", b"hello"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, data):
+    path = tmp_path / "x.pt"
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="damaged or not a checkpoint"):
+        checkpoints.load(path)
+
+
+def test_a_checkpoint_of_a_later_version_says_upgrade(cache, tmp_path):
+    path = train.run(tiny_config(), cache, tmp_path, stop_after=1).checkpoint
+    content = torch.load(path, weights_only=True)
+    content["header"] = content["header"].replace('"format_version":1', '"format_version":2')
+    torch.save(content, path)
+    with pytest.raises(FormatVersionError, match=r"format version 2.*Upgrade"):
+        checkpoints.load(path)
+
+
+def test_a_cache_of_another_grid_does_not_fit_the_image_size(cache, tmp_path):
+    with pytest.raises(ConfigError, match=r"18 x 18 pixels cannot be cut into 4 x 4"):
+        train.run(tiny_config(data={"image_size": 18}), cache, tmp_path)
+
+
+def test_auto_precision_is_bf16_only_where_the_device_computes_in_it():
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(n) for n in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    assert uses_bf16("auto", torch.device("cpu")) == bool(native)
+    assert uses_bf16("bf16", torch.device("cpu"))
+    assert not uses_bf16("fp32", torch.device("cpu"))
+
+
+def test_bf16_trains_too(cache, tmp_path):
+    summary = train.run(tiny_config(run={"precision": "bf16", "steps": 4}), cache, tmp_path)
+    assert math.isfinite(summary.final_loss)

@@ -52,11 +52,11 @@ class Steps:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._started_s = self._last_line_s = 0.0
+        self._first: tuple[float, int] | None = None  # when the first were done, and how many
+        self._last_line_s = 0.0
 
     def __enter__(self) -> Self:
-        """Start drawing, and the clock."""
-        self._started_s = self._last_line_s = time.monotonic()
+        """Start drawing."""
         if self._console.is_terminal:
             self._progress.start()
         return self
@@ -67,18 +67,25 @@ class Steps:
             self._progress.stop()
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` are done."""
-        elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
-        note = note or f"{done / elapsed_s:,.0f} {self._noun}/s"
+        """Say that `done` of `total` are done.
+
+        Rate and remaining time are measured from the first call on: what was done before it took
+        the time of starting workers and loading models as well.
+        """
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first, self._last_line_s = (now_s, done), now_s
+        rate = (done - self._first[1]) / max(now_s - self._first[0], 1e-9)
+        note = note or f"{rate:,.0f} {self._noun}/s"
         if self._console.is_terminal:
             if self._task is None:
                 self._task = self._progress.add_task(self._title, total=total, note=note)
             self._progress.update(self._task, completed=done, total=total, note=note)
-        elif time.monotonic() - self._last_line_s > _SECONDS_BETWEEN_LINES:
-            self._last_line_s = time.monotonic()
-            left_s = elapsed_s / max(done, 1) * (total - done)
+        elif rate and now_s - self._last_line_s > _SECONDS_BETWEEN_LINES:
+            self._last_line_s = now_s
             print(
-                f"{self._title} {done:,}/{total:,} {self._noun}, {note}, eta {left_s:,.0f} s",
+                f"{self._title} {done:,}/{total:,} {self._noun}, {note}, "
+                f"eta {(total - done) / rate:,.0f} s",
                 file=sys.stderr,
             )
 
@@ -124,15 +131,18 @@ class BuildProgress(Steps):
         super().__init__("building", "images")
         self._num_views = num_views
         self._num_seen = self._num_built = self._num_skipped = self._bytes = 0
+        self._first_unit_s: float | None = None
 
     def unit_done(self, report: "UnitReport", total: int) -> None:
         """Count a finished unit; the rate is that of what this run built."""
         self._num_seen += report.num_samples + report.num_skipped
         self._num_skipped += report.num_skipped
-        if not report.was_there:
+        if self._first_unit_s is None:  # its time is that of starting the workers
+            self._first_unit_s = time.monotonic()
+        elif not report.was_there:
             self._num_built += report.num_samples
             self._bytes += report.bytes
-        elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
+        elapsed_s = max(time.monotonic() - self._first_unit_s, 1e-9)
         rate, per_second = self._num_built / elapsed_s, self._bytes / elapsed_s
         self.update(
             self._num_seen,

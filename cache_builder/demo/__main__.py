@@ -35,6 +35,7 @@ class Route(NamedTuple):
     """One set of images on its way to a cache, and how it is cut."""
 
     name: str
+    title: str
     folder: Path
     image_size: int
     patch_size: int
@@ -86,8 +87,8 @@ class Demo:
         print(f"\n$ {self.commands[-1]}", flush=True)
         return [sys.executable, "-m", "cache_builder.cli", *texts]
 
-    def make_cache(self, route: Route) -> tuple[Path, Path]:
-        """Fit, build and verify; return the codebook and the cache."""
+    def make_cache(self, route: Route) -> report.Route:
+        """Fit, build and verify; return what was made."""
         codebook = self.out / f"{route.name}.codebook.safetensors"
         cache = self.out / f"{route.name}.cache"
         self.patchcache(
@@ -99,7 +100,7 @@ class Demo:
             "--layout", route.layout, *route.build_options, "--out", cache,
         )  # fmt: skip
         self.patchcache("verify", cache, "--retokenize", 20)
-        return codebook, cache
+        return report.Route(route.title, codebook, cache)
 
     def serve_one(self, codebook: Path, picture: Path) -> tuple[str, dict[str, Any]]:
         """Start the service, send it one picture over a socket, stop it."""
@@ -132,15 +133,11 @@ def run(out: Path, data: Path | None) -> None:
     """Run the demo in `out`."""
     started_s = time.monotonic()
     demo = Demo(out)
-    if data is None:
-        shown, trained, overrides = _bundled(demo)
-    else:
-        shown, trained, overrides = _own(demo, data)
-    codebook, cache = demo.make_cache(shown)
-    trained_cache = cache if trained is shown else demo.make_cache(trained)[1]
+    routes, overrides = _bundled(demo) if data is None else _own(demo, data)
+    made = [demo.make_cache(route) for route in routes]
     run_dir = out / "run"
     settings = [word for override in overrides for word in ("--set", override)]
-    demo.patchcache("train", "beit_drop", "--cache", trained_cache, "--out", run_dir, *settings)
+    demo.patchcache("train", "beit_drop", "--cache", made[-1].cache, "--out", run_dir, *settings)
     probed, note = demo.patchcache_json("probe", run_dir)
     if probed is None:
         print(note)
@@ -153,15 +150,14 @@ def run(out: Path, data: Path | None) -> None:
         for name, key in (("k-NN", "knn"), ("linear probe", "linear")):
             print(f"{name:13s} random {probed[key + '_random']:.1%}, pre-trained {probed[key]:.1%}")
     demo.patchcache("export", run_dir, "--out", out / "vit.safetensors")
-    picture = min(p for p in shown.folder.rglob("*") if p.suffix.lower() in (".jpg", ".png"))
-    curl, answer = demo.serve_one(codebook, picture)
+    picture = min(path for path in routes[0].folder.rglob("*") if path.is_file())
+    curl, answer = demo.serve_one(made[0].codebook, picture)
     page = out / "report.html"
     elapsed_s = time.monotonic() - started_s
     report.write(
         page,
         report.Material(
-            codebook=codebook,
-            cache=cache,
+            routes=made,
             log=run_dir / "log.jsonl",
             probe=probed,
             probe_note=note,
@@ -174,17 +170,19 @@ def run(out: Path, data: Path | None) -> None:
     _say_what_was_made(out, page, data, elapsed_s)
 
 
-def _bundled(demo: Demo) -> tuple[Route, Route, list[str]]:
+def _bundled(demo: Demo) -> tuple[list[Route], list[str]]:
     photos, digits = demo.out / "photos", demo.out / "digits"
     num_photos = images.collect_photos(photos)
     num_digits = images.collect_digits(digits)
     print(f"{num_photos} photographs in {photos}, {num_digits:,} handwritten digits in {digits}")
-    shown = Route("photos", photos, 224, 8, 256, 4, "webdataset")
-    trained = Route("digits", digits, 16, 4, 256, 4, "zarr", ("--hflip", "0", "--scale", "0.5,1"))
-    return shown, trained, [
+    crops = ("--hflip", "0", "--scale", "0.5,1")  # a mirrored digit is another sign
+    routes = [
+        Route("photos", "Photographs", photos, 224, 8, 256, 4, "webdataset"),
+        Route("digits", "Handwritten digits", digits, 16, 4, 256, 4, "zarr", crops),
+    ]
+    return routes, [
         "run.steps=800",
         "run.log_every=40",
-        "run.precision=fp32",
         "data.batch_size=64",
         "data.color_jitter=0",
         "objective.mask_ratio=0.5",
@@ -192,7 +190,7 @@ def _bundled(demo: Demo) -> tuple[Route, Route, list[str]]:
     ]
 
 
-def _own(demo: Demo, data: Path) -> tuple[Route, Route, list[str]]:
+def _own(demo: Demo, data: Path) -> tuple[list[Route], list[str]]:
     folder = demo.out / "images"
     num_images = images.link_sample(data, folder, _MAX_OWN_IMAGES)
     print(f"{num_images:,} images of {data}, linked in {folder}")
@@ -200,8 +198,8 @@ def _own(demo: Demo, data: Path) -> tuple[Route, Route, list[str]]:
     num_patches = num_images * (size // patch_size) ** 2
     k = max(8, min(512, 1 << (num_patches // 64).bit_length() - 1))
     batch_size = min(128, num_images)
-    route = Route("own", folder, size, patch_size, k, 4, "webdataset")
-    return route, route, ["run.steps=200", f"data.batch_size={batch_size}"]
+    route = Route("own", f"Images of {data}", folder, size, patch_size, k, 4, "webdataset")
+    return [route], ["run.steps=200", f"data.batch_size={batch_size}", "run.log_every=20"]
 
 
 def _wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:

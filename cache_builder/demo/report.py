@@ -38,11 +38,18 @@ pre { background: color-mix(in srgb, currentColor 8%, transparent); }
 """
 
 
+class Route(NamedTuple):
+    """A set of images with its codebook and its cache."""
+
+    title: str
+    codebook: Path
+    cache: Path
+
+
 class Material(NamedTuple):
     """What the demo made, and what it measured."""
 
-    codebook: Path
-    cache: Path  # its images are shown
+    routes: list[Route]  # the first is described at length, the last is trained on
     log: Path  # of the training
     probe: dict[str, Any] | None  # None where there are no labels
     probe_note: str
@@ -54,28 +61,35 @@ class Material(NamedTuple):
 
 def write(path: Path, material: Material) -> None:
     """Write the page."""
-    tokenizer = PatchTokenizer.load(material.codebook)
-    with TokenCache.open(material.cache) as cache:
-        sections = [
-            _images_section(cache, tokenizer),
-            _codebook_section(cache, tokenizer),
-            _training_section(material),
-            _service_section(material),
-            _commands_section(material),
-        ]
-        summary = (
-            f"{cache.manifest.num_samples:,} images, {cache.manifest.view_spec.num_views} views "
-            f"each, {tokenizer.grid[0]} x {tokenizer.grid[1]} token ids per view, "
-            f"K = {tokenizer.vocab_size:,}. Made in {material.elapsed_s:.0f} s."
-        )
+    sections = [_route_sections(route) for route in material.routes]
+    sections += [
+        _training_section(material),
+        _service_section(material),
+        _commands_section(material),
+    ]
     body = "\n".join(sections)
     path.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>patchcache demo</title><style>{_STYLE}</style>"
-        f'<h1>patchcache demo</h1><p class="muted">{summary}</p>{body}</html>\n',
+        f'<h1>patchcache demo</h1><p class="muted">Made in {material.elapsed_s:.0f} s.</p>'
+        f"{body}</html>\n",
         encoding="utf-8",
     )
+
+
+def _route_sections(route: Route) -> str:
+    tokenizer = PatchTokenizer.load(route.codebook)
+    with TokenCache.open(route.cache) as cache:
+        spec = cache.manifest.view_spec
+        return (
+            f"<h2>{html.escape(route.title)}</h2>"
+            f"<p>{cache.manifest.num_samples:,} images, {spec.num_views} views each of "
+            f"{spec.size} x {spec.size} pixels, {tokenizer.grid[0]} x {tokenizer.grid[1]} token "
+            f"ids per view, K = {tokenizer.vocab_size:,}.</p>"
+            + _images_section(cache, tokenizer)
+            + _codebook_section(cache, tokenizer)
+        )
 
 
 def _images_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
@@ -103,9 +117,9 @@ def _images_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
             f"reconstruction {psnr(float(np.mean(errors))):.1f} dB</figcaption></figure>"
         )
     return (
-        "<h2>Views, token maps, reconstructions</h2><p>Each row is one cached view: its pixels, "
+        "<h3>Views, token maps, reconstructions</h3><p>Each row is one cached view: its pixels, "
         "its token ids (one colour per id), and the pixels of the centroids that those ids name. "
-        "The first row is the centred square, the others are random crops, some mirrored.</p>"
+        "The first row is the centred square, the others are random crops.</p>"
         f'<div class="images">{"".join(figures)}</div>'
     )
 
@@ -116,7 +130,7 @@ def _codebook_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
     order = np.argsort(-counts, kind="stable")
     sheet = pictures.centroid_sheet(tokenizer, order[:256].tolist(), _SHEET_COLUMNS)
     return (
-        "<h2>The codebook</h2>"
+        "<h3>The codebook</h3>"
         f"<p>{measured.num_used:,} of {measured.vocab_size:,} ids occur in the cache's "
         f"{measured.num_tokens:,} tokens; entropy {measured.entropy_bits:.2f} bits, perplexity "
         f"{measured.perplexity:,.0f}; the most frequent id takes {measured.max_share:.1%}.</p>"
@@ -145,7 +159,10 @@ def _training_section(material: Material) -> str:
             f'<th class="number">pre-trained</th></tr>{lines}</table>'
             f'<p class="muted">{html.escape(material.probe_note)}</p>'
         )
-    return f"<h2>Training from the cache</h2>{drawn}<h3>What the ViT has learned</h3>{table}"
+    title = html.escape(material.routes[-1].title)
+    return (
+        f"<h2>Training from the cache: {title}</h2>{drawn}<h3>What the ViT has learned</h3>{table}"
+    )
 
 
 def _service_section(material: Material) -> str:

@@ -36,7 +36,7 @@ def ray_cluster():
     import ray
 
     # Ray's workers are nice to other processes by default, and starve on a busy machine.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR,
         log_to_driver=False,

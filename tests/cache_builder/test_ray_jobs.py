@@ -82,7 +82,7 @@ def test_an_error_that_a_user_can_mend_reaches_the_caller_as_it_is(error):
 
 
 def test_an_error_while_a_worker_is_made_reaches_the_caller_as_it_is():
-    with pytest.raises(SourceError, match="^no weights here$"):
+    with pytest.raises(SourceError, match=r"^no weights here$"):
         list(map_units(partial(raise_error, SourceError("no weights here")), range(3), ONE))
 
 

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from cache_builder import __version__
 from cache_builder.errors import ConfigError, ImageError, SourceError
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, Metric, PixelRule
+from cache_builder.formats.codebook import (
+    MAX_VOCAB_SIZE,
+    Codebook,
+    ExtractorSpec,
+    Metric,
+    PixelRule,
+)
 from cache_builder.formats.manifest import PlanRow, PlanUnit
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
@@ -86,8 +92,10 @@ def run(options: FitOptions, progress: Progress | None = None) -> FitSummary:
         ConfigError: A setting is wrong, or there are too few distinct patches.
         SourceError: The images cannot be listed or read, or none can be decoded.
     """
-    if options.k < 1 or options.iterations < 1 or options.restarts < 1:
-        raise ConfigError("-k, --iterations and --restarts must be 1 or more.")
+    if not 0 < options.k <= MAX_VOCAB_SIZE:
+        raise ConfigError(f"-k must be 1 to {MAX_VOCAB_SIZE:,}, not {options.k:,}.")
+    if options.iterations < 1 or options.restarts < 1:
+        raise ConfigError("--iterations and --restarts must be 1 or more.")
     device = choose_device(options.device)
     extractor = make_extractor(options.features, device)
     listing = open_source(options.images).scan(None)

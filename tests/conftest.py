@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -43,6 +44,32 @@ def ray_cluster():
     )  # fmt: skip
     yield ray
     ray.shutdown()
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def patchcache(monkeypatch, capsys):
+    """Run the command line in this process, where torch is loaded and Ray is running."""
+    from cache_builder import cli
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["patchcache", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as exc:
+            status = exc.code or 0
+        return Outcome(status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

@@ -91,9 +91,12 @@ def write_unit(
     paths = []
     for name, values in _columns(spec, samples).items():
         array = group[name]
-        array[start : start + spec.unit_size] = values
         tail = "/".join("0" for _ in array.shape[1:])
-        paths.append(root / name / "c" / str(unit) / tail)
+        path = root / name / "c" / str(unit) / tail
+        # zarr reads a shard before it writes into it, and fails on one that is damaged.
+        path.unlink(missing_ok=True)
+        array[start : start + spec.unit_size] = values
+        paths.append(path)
     if spec.images_in_cache != "none":
         paths.append(_write_images(root, unit, samples))
     # A shard whose values all equal the fill is not stored.

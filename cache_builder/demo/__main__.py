@@ -229,7 +229,7 @@ def _say_what_was_made(out: Path, page: Path, data: Path | None, elapsed_s: floa
         f"  patchcache fit --images {own} -k 8192 --out codebook.safetensors\n"
         f"  patchcache build --images {own} --codebook codebook.safetensors --views 4 --out cache\n"
         f"  patchcache verify cache --retokenize 100\n"
-        f"  patchcache train beit --cache cache --out run\n"
+        f"  patchcache train beit_drop --cache cache --out run\n"
         f"  patchcache probe run\n"
         f"  patchcache serve --codebook codebook.safetensors"
     )

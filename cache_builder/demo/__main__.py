@@ -197,9 +197,15 @@ def _own(demo: Demo, data: Path) -> tuple[list[Route], list[str]]:
     size, patch_size = (32, 4) if images.are_small(folder) else (224, 16)
     num_patches = num_images * (size // patch_size) ** 2
     k = max(8, min(512, 1 << (num_patches // 64).bit_length() - 1))
-    batch_size = min(128, num_images)
+    batch_size = min(64, num_images)
     route = Route("own", f"Images of {data}", folder, size, patch_size, k, 4, "webdataset")
-    return [route], ["run.steps=200", f"data.batch_size={batch_size}", "run.log_every=20"]
+    num_steps = 400 if size == 32 else 100  # two minutes or so on two cores
+    return [route], [
+        f"run.steps={num_steps}",
+        "run.log_every=20",
+        f"data.batch_size={batch_size}",
+        "optim.warmup_steps=20",
+    ]
 
 
 def _wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:

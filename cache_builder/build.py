@@ -27,7 +27,7 @@ from cache_builder.errors import (
     TokenizerMismatchError,
 )
 from cache_builder.formats import shards, zarr_store
-from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook import Codebook, first_problem
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     MANIFEST_NAME,
@@ -304,9 +304,7 @@ def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> 
             class_names=listing.class_names,
         )
     except ValidationError as exc:
-        error = exc.errors()[0]
-        where = ".".join(str(part) for part in error["loc"])
-        raise ConfigError(f"{where or 'views'}: {error['msg']}") from exc
+        raise ConfigError(f"{first_problem(exc)}.") from exc
 
 
 def _finish(out: Path, plan: BuildPlan) -> CacheManifest:

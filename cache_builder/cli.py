@@ -414,10 +414,13 @@ def _one_line_errors() -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as exc:
+        if exc.code == _INTERRUPTED:
+            print("stopped; the same command continues", file=sys.stderr)
+        raise
 
+
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 _EXTRA_OF_COMMAND = {
     "fit": "build", "build": "build", "verify": "build", "inspect": "build",

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cache_builder import files
@@ -32,10 +32,7 @@ def settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook
         TokenizerMismatchError: It holds a build with another tokenizer.
     """
     texts = [to_json(unit) for unit in listing.units]
-    digests = "".join(files.sha256_bytes(text) for text in texts)
-    plan = BuildPlan(
-        spec=spec, num_units=len(texts), units_sha256=files.sha256_bytes(digests.encode())
-    )
+    plan = BuildPlan(spec=spec, num_units=len(texts), units_sha256=units_sha256(texts))
     path = out / PLAN_NAME
     if path.is_file():
         _refuse_other_plan(out, read_model(BuildPlan, path), plan)
@@ -52,6 +49,11 @@ def settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook
     if spec.layout == "zarr":
         zarr_store.create_store(out, spec, len(texts))
     return plan
+
+
+def units_sha256(texts: Iterable[bytes]) -> str:
+    """Return the one digest of the contents of every plan unit file, in order."""
+    return files.sha256_bytes("".join(files.sha256_bytes(text) for text in texts).encode())
 
 
 def _refuse_foreign_folder(out: Path) -> None:

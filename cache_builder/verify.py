@@ -1,9 +1,9 @@
 """`patchcache verify`: is a cache what its manifest says, and are its tokens right?
 
 Every file is digested, every sample is read and checked against the plan: nothing lost, nothing
-twice, every id below K, every box within its picture. On request a sample of the images is
-tokenised again with the cache's own codebook. A feature tokenizer may answer differently on
-another device where two centroids are equally near; such near ties are counted apart.
+twice, every id below K, every view a box. On request a sample of the images is tokenised again
+with the cache's own codebook. A feature tokenizer may answer differently on another device where
+two centroids are equally near; such near ties are counted apart.
 """
 
 import hashlib
@@ -18,7 +18,9 @@ from torch import Tensor
 from cache_builder.errors import ArtifactError, ImageError, PatchCacheError, TokenizerMismatchError
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.manifest import (
+    PLAN_NAME,
     SKIPPED_NAME,
+    BuildPlan,
     PlanUnit,
     ShardInfo,
     UnitRecord,
@@ -30,6 +32,7 @@ from cache_builder.formats.manifest import (
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode
+from cache_builder.planning import units_sha256
 from cache_builder.sources import ImageJoin
 from cache_builder.tokenizers import PatchTokenizer
 
@@ -85,6 +88,7 @@ def run(
     cache = TokenCache.open(cache_dir)
     checker = _Checker(cache)
     checker.check_codebook()
+    checker.check_plan()
     for unit in range(len(cache.manifest.shards)):
         checker.check_unit(unit)
         if progress:
@@ -139,6 +143,22 @@ class _Checker:
             self.problems.append(
                 f"the manifest says K={manifest.vocab_size}, the codebook {codebook.vocab_size}"
             )
+
+    def check_plan(self) -> None:
+        manifest, path = self._cache.manifest, self._cache.path / PLAN_NAME
+        units = [plan_unit_path(self._cache.path, unit) for unit in range(len(manifest.shards))]
+        try:
+            plan = read_model(BuildPlan, path)
+        except ArtifactError as exc:
+            self.problems.append(str(exc))
+            return
+        if plan.spec != manifest.spec or plan.num_units != len(manifest.shards):
+            self.problems.append(f"{path} and the manifest are of two builds")
+        missing = [unit for unit in units if not unit.is_file()]
+        if missing:
+            self.problems.append(f"{missing[0]} is missing")
+        elif plan.units_sha256 != units_sha256(unit.read_bytes() for unit in units):
+            self.problems.append(f"{path.parent / 'plan'} is not the list of images of {path}")
 
     def check_unit(self, unit: int) -> None:
         """Check one unit; whatever is wrong with it is one problem or more, never an exception."""

@@ -252,7 +252,9 @@ def _parse_header(text: str, path: Path) -> CodebookHeader:
     try:
         return CodebookHeader.model_validate_json(text)
     except ValidationError as exc:
-        raise ArtifactError(f"{path}: the codebook header is damaged: {exc}") from exc
+        raise ArtifactError(
+            f"{path}: the codebook header is damaged: {first_problem(exc)}"
+        ) from exc
 
 
 def check_format_version(text: str | bytes, newest: int, path: Path) -> None:
@@ -265,12 +267,20 @@ def check_format_version(text: str | bytes, newest: int, path: Path) -> None:
     try:
         version = VersionOnly.model_validate_json(text).format_version
     except ValidationError as exc:
-        raise ArtifactError(f"{path} is damaged: {exc.errors()[0]['msg']}") from exc
+        raise ArtifactError(f"{path} is damaged: {first_problem(exc)}") from exc
     if version > newest:
         raise FormatVersionError(
             f"{path} has format version {version}; this patchcache reads up to {newest}. "
             "Upgrade patchcache: pip install -U patchcache"
         )
+
+
+def first_problem(exc: ValidationError) -> str:
+    """Return the first thing that a model complained of, in one line with its place."""
+    error = exc.errors()[0]
+    where = ".".join(str(part) for part in error["loc"])
+    what = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
 
 
 class VersionOnly(BaseModel, frozen=True):

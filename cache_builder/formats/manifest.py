@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.codebook import check_format_version
+from cache_builder.formats.codebook import check_format_version, first_problem
 from cache_builder.formats.views import ViewSpec
 
 FORMAT_VERSION = 1
@@ -262,5 +262,6 @@ def read_model(model: type[_Model], path: Path) -> _Model:
         return model.model_validate_json(text)
     except ValidationError as exc:
         raise ArtifactError(
-            f"{path} is damaged: {exc}. Delete it and run the same `patchcache build` again."
+            f"{path} is damaged: {first_problem(exc)}. "
+            "Delete it and run the same `patchcache build` again."
         ) from exc

@@ -13,11 +13,11 @@ the tokenizer's fingerprint, and loading other weights under the same name is re
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from cache_builder.errors import ConfigError, TokenizerMismatchError
-from cache_builder.formats.codebook import ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import ExtractorSpec, PixelRule, first_problem
 from cache_builder.imaging import patchify
 from cache_builder.tokenizers import models
 from cache_builder.tokenizers.models import DEFAULT_IMAGE_SIZE
@@ -202,5 +202,5 @@ def _fitting_rule(
 def _rule(**fields: Any) -> PixelRule:
     try:
         return PixelRule(**fields)
-    except ValueError as exc:
-        raise ConfigError(f"{exc}") from exc
+    except ValidationError as exc:
+        raise ConfigError(f"{first_problem(exc)}.") from exc

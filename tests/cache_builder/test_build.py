@@ -420,17 +420,17 @@ def test_workers_on_ray_give_the_same_bytes_as_one_process(tmp_path, codebook_pa
     assert sorted(told) == [(0, 5), (1, 5), (2, 5)]
 
 
-def start_build(tmp_path, layout):
-    """Start the command in a process group of its own, with a Ray of its own."""
+def start_build(tmp_path, layout, ray_address=None):
+    """Start the command as a process, with a Ray of its own or on a running cluster."""
     words = [
         "build", "--images", tmp_path / "images", "--codebook", tmp_path / "codebook.safetensors",
         "--out", tmp_path / "cache", "--views", "3", "--unit-size", "2", "--layout", layout,
         "--workers", "1", "--device", "cpu",
     ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    if ray_address:
+        words += ["--ray-address", ray_address]
     return subprocess.Popen(
         [sys.executable, "-m", "cache_builder.cli", *map(str, words)],
-        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -447,9 +447,11 @@ def wait_for(path, process, timeout_s=60):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "cluster"), [("webdataset", "its own"), ("zarr", "a running one")]
+)
 def test_a_build_whose_driver_is_killed_is_continued_by_the_same_command(
-    tmp_path, codebook_path, photos_dir, layout, ray_cluster
+    tmp_path, codebook_path, photos_dir, layout, cluster, ray_cluster
 ):
     undisturbed = settings(tmp_path, layout=layout, out=tmp_path / "undisturbed")
     factories.build_cache(**undisturbed)
@@ -458,7 +460,8 @@ def test_a_build_whose_driver_is_killed_is_continued_by_the_same_command(
     content = waits.read_bytes()
     waits.unlink()
     os.mkfifo(waits)
-    process = start_build(tmp_path, layout)
+    address = ray_cluster.get_runtime_context().gcs_address
+    process = start_build(tmp_path, layout, address if cluster == "a running one" else None)
     wait_for(tmp_path / "cache/units/000000.json", process)
     process.send_signal(signal.SIGKILL)
     process.wait()

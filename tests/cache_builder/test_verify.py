@@ -1,0 +1,284 @@
+"""`verify` finds nothing in a whole cache, and names every kind of damage in another."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from cache_builder.errors import ArtifactError, SourceError
+from cache_builder.formats import TokenCache
+from cache_builder.formats.manifest import (
+    FileDigest,
+    UnitRecord,
+    read_model,
+    unit_record_path,
+)
+from cache_builder.formats.sample import NewSample
+from cache_builder.formats.shards import shard_path, write_shard
+from cache_builder.verify import run as verify
+from tests import factories
+
+LAYOUTS = ["webdataset", "zarr"]
+
+
+@pytest.fixture
+def make(tmp_path, codebook_path):
+    """Build a cache of five photographs and one bad image, in three units."""
+
+    def build(layout="webdataset", **changes):
+        content = factories.photo_images(5) | {"b/bad.jpg": b"text"}
+        images = factories.write_folder(tmp_path / "images", content)
+        settings = {"images": str(images), "unit_size": 2, "num_views": 2} | changes
+        out = tmp_path / "cache"
+        factories.build_cache(codebook=codebook_path, out=out, layout=layout, **settings)
+        return out
+
+    return build
+
+
+def problems(cache, **options):
+    return verify(cache, device="cpu", **options).problems
+
+
+def rewrite_unit(cache_dir, unit, change):
+    """Write a unit again with changed samples, and every digest to match."""
+    with TokenCache.open(cache_dir) as cache:
+        samples = [change(sample) for sample in cache.read_shard(unit)]
+    path = shard_path(cache_dir, unit)
+    new = [NewSample(sample, "jpg", f"{sample.key}.jpg", (48, 64)) for sample in samples]
+    entries = write_shard(path, new)
+    record = read_model(UnitRecord, unit_record_path(cache_dir, unit))
+    digests = (FileDigest.of(cache_dir, path),)
+    changes = {"num_samples": len(new), "files": digests, "samples": tuple(entries)}
+    factories.rewrite_record(cache_dir, unit, record.model_copy(update=changes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("images_in_cache", ["original", "resized", "none"])
+def test_a_whole_cache_has_no_problem_and_the_same_tokens_again(make, layout, images_in_cache):
+    cache = make(layout, images_in_cache=images_in_cache, resized_short_side=24)
+    told = []
+    report = verify(cache, retokenize=100, device="cpu", progress=lambda *step: told.append(step))
+    assert report.problems == []
+    assert (report.num_samples, report.num_skipped) == (5, 1)
+    assert report.retokenized == (5, 5 * 2 * 16, 0, 0)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    # The codebook, and of each unit its files and its record.
+    with TokenCache.open(cache) as opened:
+        assert report.num_files == 1 + sum(len(s.files) + 1 for s in opened.manifest.shards)
+
+
+def test_a_sample_of_the_images_is_the_same_on_every_run(make):
+    cache = make()
+    reports = [verify(cache, retokenize=2, device="cpu") for _ in range(2)]
+    assert reports[0] == reports[1]
+    assert reports[0].retokenized.num_images == 2
+    assert verify(cache, device="cpu").retokenized is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_flipped_byte_of_a_shard_is_found(make, layout):
+    cache = make(layout)
+    with TokenCache.open(cache) as opened:
+        paths = [file.path for file in opened.manifest.shards[1].files]
+    for path in paths:
+        factories.flip_byte(cache / path)
+        (problem,) = problems(cache)
+        assert problem.startswith(f"unit 1: {cache / path} has SHA-256 ")
+        factories.flip_byte(cache / path)
+    assert problems(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shards/000001.tar", r"unit 1: .*000001.tar is missing"),
+        ("units/000002.json", r"unit 2: .*units/000002.json is missing"),
+        ("plan/000000.json", r"plan/000000.json is missing"),
+        ("codebook.safetensors", r"codebook.safetensors is missing"),
+        ("skipped.jsonl", r"skipped.jsonl does not list the skipped images"),
+        ("plan.json", r"plan.json is missing"),
+    ],
+)
+def test_a_missing_file_is_named(make, name, expected):
+    cache = make()
+    (cache / name).unlink()
+    found = problems(cache, retokenize=5)
+    assert found
+    assert any(re.search(expected, problem) for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("units/000001.json", "unit 1: .*units/000001.json has SHA-256"),
+        ("plan/000001.json", "is not the list of images of"),
+        ("skipped.jsonl", "does not list the skipped images of the commit records"),
+    ],
+)
+def test_a_flipped_byte_of_a_small_file_is_found(make, name, expected):
+    cache = make()
+    # A digit or a letter of a name, so that the file is still good JSON.
+    data = (cache / name).read_bytes()
+    digit = b"bad" if name == "skipped.jsonl" else b"00"
+    (cache / name).write_bytes(data.replace(digit, digit[:-1] + b"1", 1))
+    assert any(re.search(expected, problem) for problem in problems(cache))
+
+
+def test_a_file_that_is_cut_is_found_by_its_size(make):
+    cache = make()
+    path = cache / "shards/000000.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    (problem,) = problems(cache)
+    assert re.search(r"000000.tar has [\d,]+ bytes, expected [\d,]+", problem)
+
+
+def test_a_flipped_byte_of_the_codebook_is_found_and_nothing_is_tokenised_with_it(make):
+    cache = make()
+    factories.flip_byte(cache / "codebook.safetensors")
+    report = verify(cache, retokenize=5, device="cpu")
+    assert "codebook.safetensors has SHA-256" in report.problems[0]
+    assert report.retokenized is None
+
+
+def test_the_codebook_of_another_tokenizer_is_refused_by_both_fingerprints(make):
+    cache = make()
+    ours = factories.colour_codebook().fingerprint
+    other = factories.colour_codebook(colours=factories.COLOURS[:5])
+    other.save(cache / "codebook.safetensors")
+    found = problems(cache)
+    assert any(other.fingerprint in problem and ours in problem for problem in found)
+
+
+def test_a_swapped_manifest_is_found(make, tmp_path):
+    cache = make()
+    cache.rename(tmp_path / "first")
+    shutil.rmtree(tmp_path / "images")
+    other = make(seed=1)
+    shutil.copy(tmp_path / "first/manifest.json", other)
+    found = problems(other)
+    assert any("plan.json and the manifest are of two builds" in problem for problem in found)
+    assert any("has SHA-256" in problem for problem in found)
+
+
+def test_a_swapped_shard_is_found(make):
+    cache = make()
+    first, second = (cache / f"shards/00000{i}.tar" for i in (0, 1))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert [problem[:6] for problem in problems(cache)] == ["unit 0", "unit 1"]
+
+
+def test_an_id_that_is_not_below_k_is_found_although_every_digest_is_right(make):
+    cache = make()
+
+    def too_large(sample):
+        token_ids = sample.token_ids.copy()
+        token_ids[1, 2, 3] = 6
+        return sample._replace(token_ids=token_ids)
+
+    rewrite_unit(cache, 0, too_large)
+    assert problems(cache) == [
+        "unit 0, a/000: token id 6 is not below K=6",
+        "unit 0, a/002: token id 6 is not below K=6",
+    ]
+
+
+def test_a_wrong_id_is_found_by_tokenising_again(make):
+    cache = make()
+
+    def other(sample):
+        token_ids = sample.token_ids.copy()
+        token_ids[1, 2, 3] = (token_ids[1, 2, 3] + 1) % 6
+        return sample._replace(token_ids=token_ids)
+
+    rewrite_unit(cache, 0, other)
+    assert problems(cache) == []
+    report = verify(cache, retokenize=100, device="cpu")
+    assert report.retokenized == (5, 160, 0, 2)
+    assert report.problems == [
+        "2 of 160 token ids differ from those of the same views tokenised again"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        ([[0, 0, 16, 16, 0]], r"views of shape \(1, 5\)"),
+        ([[0, 0, 0, 16, 0]] * 2, "are not boxes"),
+        ([[0, -1, 16, 16, 0]] * 2, "are not boxes"),
+        ([[0, 0, 16, 16, 2]] * 2, "are not boxes"),
+    ],
+)
+def test_views_that_are_no_boxes_are_found(make, views, expected):
+    cache = make()
+    views = np.array(views, np.int32)
+    rewrite_unit(cache, 1, lambda sample: sample._replace(views=views))
+    found = problems(cache)
+    assert len(found) == 2
+    assert all(re.search(expected, problem) for problem in found)
+
+
+def test_a_view_that_leaves_its_picture_cannot_be_tokenised_again(make):
+    cache = make()
+    views = np.array([[0, 0, 48, 65, 0]] * 2, np.int32)
+    rewrite_unit(cache, 0, lambda sample: sample._replace(views=views))
+    with pytest.raises(ArtifactError, match=r"a/00. cannot be tokenised again: view"):
+        verify(cache, retokenize=100, device="cpu")
+
+
+def test_a_lost_sample_and_a_doubled_one_are_found(make):
+    cache = make()
+    with TokenCache.open(cache) as opened:
+        first = opened[0]
+    rewrite_unit(cache, 1, lambda sample: first)
+    found = problems(cache)
+    assert "unit 1: keys do not match the plan, first ['a/000', 'a/004', 'b/001']" in found
+    assert "unit 1: keys seen before, first a/000" in found
+
+
+def test_a_sample_without_its_image_is_found(make):
+    cache = make()
+    rewrite_unit(cache, 0, lambda sample: sample._replace(image=None))
+    assert problems(cache) == [
+        "unit 0, a/000: the image is missing",
+        "unit 0, a/002: the image is missing",
+    ]
+
+
+def test_a_zarr_store_whose_description_is_gone_is_found(make):
+    cache = make("zarr")
+    (cache / "tokens.zarr/tokens/zarr.json").unlink()
+    assert all("cannot be read" in problem for problem in problems(cache))
+    assert len(problems(cache)) == 3
+
+
+def test_an_unfinished_cache_is_refused(make):
+    cache = make()
+    (cache / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="build has not finished"):
+        verify(cache)
+
+
+def test_images_that_lie_elsewhere_now_are_named_by_the_user(make, tmp_path):
+    cache = make(images_in_cache="none")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert problems(cache) == []
+    with pytest.raises(SourceError, match="Name the folder that they lie in now"):
+        verify(cache, retokenize=3, device="cpu")
+    report = verify(cache, retokenize=3, device="cpu", images=str(tmp_path / "moved"))
+    assert report.problems == []
+    assert report.retokenized.num_images == 3
+
+
+def test_images_that_are_not_those_of_the_tokens_are_found(make, tmp_path):
+    cache = make(images_in_cache="none")
+    # Of the same size, but another picture.
+    other = factories.encode(factories.draw_photo(99), "JPEG")
+    for path in (tmp_path / "images").rglob("00*.jpg"):
+        path.write_bytes(other)
+    report = verify(cache, retokenize=100, device="cpu")
+    assert report.retokenized.num_different > 50
+    assert "token ids differ" in report.problems[0]

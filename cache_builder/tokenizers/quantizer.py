@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cache_builder.errors import ConfigError
 
-_SCORES_PER_BLOCK = 1 << 22  # 16 MiB of float32
+_SCORES_PER_BLOCK = 1 << 18  # 1 MiB of float32: a block stays in the cache of a core
 _CENTRE = 128  # uint8 minus this is exact in every floating type down to bf16
 # Products of two such values summed D times stay below 2**24, exact in float32, up to this D.
 _MAX_EXACT_DIM = (1 << 24) // _CENTRE**2 - 1

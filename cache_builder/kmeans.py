@@ -54,8 +54,8 @@ def fit_centroids(
     """Fit K centroids to points.
 
     Args:
-        points: (n, D), uint8 or float32. uint8 points give uint8 centroids: rounded once, at the
-            end, and the counts and the final objective are those of the rounded ones.
+        points: (n, D), uint8 or float32. uint8 points give uint8 centroids, and every iteration
+            assigns to rounded ones, so that all distances are exact integers.
         k: K, number of centroids.
         metric: `cosine` normalises points and centroids (spherical k-means).
         iterations: Most Lloyd iterations; the fit ends earlier when it has converged.

@@ -1,4 +1,4 @@
-"""Who may import whom, and at what cost."""
+"""Who may import whom, and at what cost. The import-linter contracts say the same statically."""
 
 import subprocess
 import sys
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 HEAVY = {"torch", "ray", "faiss", "open_clip", "fastapi", "uvicorn", "webdataset", "zarr", "timm"}
-HELP_S = 0.3
+BIN = Path(sys.executable).parent
 
 
 def modules_after(statement):
@@ -23,39 +21,38 @@ def modules_after(statement):
     ("statement", "banned"),
     [
         ("import cache_builder.cli", HEAVY | {"numpy"}),
-        ("import cache_builder.errors, cache_builder.files", HEAVY | {"numpy"}),
         ("import cache_builder.formats", HEAVY),
-        (
-            "import trainer, trainer.train, trainer.evaluate, trainer.checkpoint",
-            {"ray", "faiss", "open_clip", "fastapi", "cache_builder.tokenizers"},
-        ),
-        (
-            "import tokenizers_svc.app, tokenizers_svc.serve",
-            {"ray", "faiss", "trainer", "cache_builder.build", "cache_builder.fit"},
-        ),
-        ("import cache_builder.tokenizers", {"ray", "faiss", "open_clip", "timm", "fastapi"}),
-        ("import cache_builder.kmeans, cache_builder.fit", {"faiss", "open_clip", "timm"}),
+        ("import cache_builder.sources", HEAVY - {"torch"}),
+        ("import tokenizers_svc.app", {"ray", "faiss", "trainer", "webdataset", "zarr"}),
     ],
 )
-def test_an_import_brings_in_nothing_that_is_banned(statement, banned):
+def test_import_stays_light(statement, banned):
     assert not modules_after(statement) & banned
 
 
-def test_the_static_contracts_hold():
-    done = subprocess.run(
-        [BIN / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_help_answers_at_once():
+def test_help_answers_within_a_third_of_a_second():
     def seconds():
-        started_s = time.perf_counter()
-        subprocess.run([BIN / "patchcache", "--help"], stdout=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - started_s
+        started = time.perf_counter()
+        subprocess.run([BIN / "patchcache", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
 
     # The best of several: other processes share the machine.
-    times = []
-    while len(times) < 15 and min(times, default=HELP_S) >= HELP_S:
+    times = [seconds()]
+    while min(times) >= 0.3 and len(times) < 20:
         times.append(seconds())
-    assert min(times) < HELP_S
+    assert min(times) < 0.3
+
+
+def test_the_import_contracts_hold():
+    done = subprocess.run([BIN / "lint-imports"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_module_is_small_enough_to_read():
+    root = Path(__file__).parent.parent
+    lengths = {
+        path.relative_to(root).as_posix(): len(path.read_text().splitlines())
+        for package in ("cache_builder", "tokenizers_svc", "trainer")
+        for path in (root / package).rglob("*.py")
+    }
+    assert {name: n for name, n in lengths.items() if n > 500} == {}

@@ -1,57 +1,91 @@
-"""Artifacts of an earlier version are read to the same values, and made to the same bytes."""
+"""Files of format version 1 are read as they were written, now and by every later version."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import zarr
 
+from cache_builder.errors import FormatVersionError
 from cache_builder.formats import Codebook, TokenCache
-from cache_builder.verify import run as verify
 from tests import factories
-from tests.golden import make as golden
+from tests.golden.make import LAYOUTS, make
 
 V1 = Path(__file__).parent / "v1"
 EXPECTED = json.loads((V1 / "expected.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def made_again(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("golden")
-    golden.make(folder, V1 / "images")
-    return folder
-
-
-def test_the_codebook_is_read_to_the_recorded_identity():
+def test_the_codebook_of_version_1_is_read():
     codebook = Codebook.load(V1 / "codebook.safetensors")
     assert codebook.fingerprint == EXPECTED["fingerprint"]
-    assert codebook.header.digest == EXPECTED["codebook_digest"]
+    assert codebook.header.digest == EXPECTED["digest"]
+    assert int(codebook.centroids.sum(dtype="int64")) == EXPECTED["centroid_sum"]
+    assert codebook.header.objective == (1.5, 0.0)
 
 
-@pytest.mark.parametrize("layout", golden.LAYOUTS)
-def test_the_cache_is_read_to_the_recorded_values(layout):
-    assert golden.describe(V1 / layout) == EXPECTED
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_caches_of_version_1_are_read(layout):
     with TokenCache.open(V1 / layout) as cache:
-        images = [sample.image for sample in cache]
-    names = ("cat/1.5 left.jpg", "cat/up.jpg", "dog/grey.png", "dog/plain.png")
-    assert images == [(V1 / "images" / name).read_bytes() for name in names]
+        assert cache.manifest.fingerprint == cache.codebook.fingerprint == EXPECTED["fingerprint"]
+        assert cache.manifest.num_skipped == EXPECTED["num_skipped"]
+        samples = [cache[i] for i in range(len(cache))]
+    found = [
+        {
+            "key": sample.key,
+            "label": sample.label,
+            "image_bytes": len(sample.image),
+            "views": sample.views.tolist(),
+            "token_ids": sample.token_ids.tolist(),
+        }
+        for sample in samples
+    ]
+    assert found == EXPECTED["samples"]
 
 
-@pytest.mark.parametrize("layout", golden.LAYOUTS)
-def test_the_cache_is_whole_and_its_tokens_are_found_again(layout):
-    report = verify(V1 / layout, retokenize=4, device="cpu")
-    assert report.problems == []
-    assert report.retokenized == (4, 4 * 3 * 16, 0, 0)
+def test_making_them_again_gives_the_same_bytes(tmp_path):
+    make(tmp_path)
+    # The source's absolute path is part of a cache, and it is another one here.
+    here, there = str(tmp_path / "images"), "GOLDEN"
+    for name in ("codebook.safetensors", "expected.json", "webdataset/shards/000000.tar"):
+        assert (tmp_path / name).read_bytes() == (V1 / name).read_bytes(), name
+    made, golden = (
+        json.loads((root / "webdataset" / "manifest.json").read_text()) for root in (tmp_path, V1)
+    )
+    made["spec"]["source"]["location"] = golden["spec"]["source"]["location"]
+    assert made == golden, (here, there)
 
 
-def test_the_codebook_is_made_again_byte_for_byte(made_again):
-    expected = (V1 / "codebook.safetensors").read_bytes()
-    assert (made_again / "codebook.safetensors").read_bytes() == expected
+def test_the_zarr_store_holds_the_same_values_when_made_again(tmp_path):
+    make(tmp_path)
+    made, golden = (
+        zarr.open_group(root / "zarr" / "tokens.zarr", mode="r") for root in (tmp_path, V1)
+    )
+    assert sorted(made.array_keys()) == sorted(golden.array_keys())
+    for name in golden.array_keys():
+        assert (made[name][:] == golden[name][:]).all(), name
 
 
-def test_the_webdataset_cache_is_made_again_byte_for_byte(made_again):
-    assert factories.contents(made_again / "webdataset") == factories.contents(V1 / "webdataset")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_later_version_is_refused_by_number(tmp_path, layout):
+    cache = shutil.copytree(V1 / layout, tmp_path / "cache")
+    manifest = cache / "manifest.json"
+    manifest.write_text(
+        re.sub('"format_version":1', '"format_version":9', manifest.read_text(), count=1)
+    )
+    with pytest.raises(
+        FormatVersionError, match=r"format version 9; this patchcache reads up to 1"
+    ):
+        TokenCache.open(cache)
 
 
-def test_the_zarr_cache_is_made_again_with_the_same_values(made_again):
-    # Compressed bytes belong to the version of Blosc.
-    assert golden.describe(made_again / "zarr") == EXPECTED
+def test_one_wrong_byte_in_the_codebook_is_refused_by_both_fingerprints(tmp_path):
+    path = tmp_path / "codebook.safetensors"
+    data = (V1 / "codebook.safetensors").read_bytes()
+    path.write_bytes(data)
+    factories.flip_byte(path, len(data) - 60)
+    with pytest.raises(
+        Exception, match=rf"fingerprint {EXPECTED['fingerprint']}.*has [0-9a-f]{{64}}"
+    ):
+        Codebook.load(path)

@@ -133,12 +133,18 @@ def _cluster(address: str | None) -> Iterator[Any]:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as exc:
         raise ConfigError(
-            f"No Ray cluster answers at {address or 'this machine'}: {str(exc)[:300]}"
+            f"No Ray cluster answers at {address or 'this machine'}: {_first_line(exc)} "
+            "Is it running? A cluster that asks for a token (Ray's default for `ray start`) needs "
+            "RAY_AUTH_MODE=token here; on one of its nodes `--ray-address auto` does without."
         ) from exc
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
 
 
 def _import_ray() -> Any:

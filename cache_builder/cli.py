@@ -308,7 +308,9 @@ def serve(
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe of ours (beit, beit_drop) or a .toml.")],
     cache: Annotated[Path, typer.Option(help="A finished cache.")],
-    out: Annotated[Path, typer.Option(help="Where checkpoints and logs go.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE.")
+    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=value; may be given many times.")
     ] = None,
@@ -322,6 +324,7 @@ def train(
     from trainer import train as job
     from trainer.config import load_config
 
+    out = out or Path("runs") / Path(recipe).stem
     summary = job.run(load_config(recipe, assignments or []), cache, out)
     if as_json:
         _print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})

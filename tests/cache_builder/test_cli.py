@@ -203,3 +203,16 @@ def test_an_interrupt_is_one_line_and_exits_with_130(tmp_path, codebook_path):
     assert err.splitlines()[-1] == "stopped; the same command continues"
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_a_run_without_out_goes_to_a_folder_of_the_recipe_s_name(
+    patchcache, cache, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(
+        "[data]\nbatch_size = 4\n[optim]\nlr = 1e-3\n[run]\nsteps = 1\ndevice = 'cpu'\n"
+        "[model]\nname = 'vit_tiny_patch16_224'\nembed_dim = 32\ndepth = 1\nnum_heads = 2\n"
+    )
+    status, out, _ = patchcache("train", "tiny.toml", "--cache", cache)
+    assert status == 0
+    assert "checkpoint   runs/tiny/checkpoints/step_00000001.pt" in out

@@ -49,12 +49,14 @@ from cache_builder.formats.manifest import (
     to_json,
     unit_record_path,
 )
+from cache_builder.formats.payloads import FeatureType, sum_features, sum_soft
 from cache_builder.formats.sample import CachedSample, NewSample
 from cache_builder.formats.views import ViewSpec, draw_views
 from cache_builder.imaging import apply_view, decode, image_extension, shrink
 from cache_builder.planning import settle_plan
 from cache_builder.ray_jobs import ClusterOptions, map_units
 from cache_builder.sources import Listing, open_source
+from cache_builder.targets import TargetMaker, feature_spec, soft_spec
 from cache_builder.tokenizers import PatchTokenizer
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,9 @@ class BuildOptions(NamedTuple):
     resized_short_side: int = 256
     jpeg_quality: int = 92
     unit_size: int | None = None
+    soft_top_k: int | None = None  # None: no soft targets
+    soft_temperature: float | None = None  # None: the default of `targets`
+    store_features: FeatureType | None = None
     device: str = "auto"
     weights: str | None = None
     cluster: ClusterOptions = ClusterOptions()
@@ -188,6 +193,7 @@ def build_unit(
 
     Raises:
         TokenizerMismatchError: `tokenizer` is not the one that the cache was planned for.
+        ConfigError: Features to store are not finite, or too large for float16.
     """
     if tokenizer.fingerprint != spec.fingerprint:
         raise TokenizerMismatchError(
@@ -195,22 +201,27 @@ def build_unit(
             f"not for {tokenizer.fingerprint}. Use another --out."
         )
     skipped: list[SkippedSample] = []
-    samples = _tokenise(spec, images, tokenizer, skipped)
+    maker = TargetMaker(tokenizer, spec)
+    samples = _tokenise(spec, images, maker, skipped)
     if spec.layout == "webdataset":
         path = shards.shard_path(cache_dir, unit)
         entries = shards.write_shard(path, samples)
         written = [FileDigest.of(cache_dir, path)]
         num_samples = len(entries)
+        num_bytes = shards.payload_bytes(entries)
     else:
         entries, rows = [], list(samples)
         written = zarr_store.write_unit(cache_dir, spec, unit, rows)
         num_samples = len(rows)
+        num_bytes = zarr_store.payload_bytes(written)
     return UnitRecord(
         unit=unit,
         num_samples=num_samples,
         files=tuple(written),
         skipped=tuple(skipped),
         samples=tuple(entries),
+        soft=maker.soft_totals(num_bytes["soft"]),
+        features=maker.feature_totals(num_bytes["features"]),
     )
 
 
@@ -228,21 +239,23 @@ class _Drawn(NamedTuple):
 def _tokenise(
     spec: CacheSpec,
     images: Iterator[tuple[PlanRow, bytes]],
-    tokenizer: PatchTokenizer,
+    maker: TargetMaker,
     skipped: list[SkippedSample],
 ) -> Iterator[NewSample]:
     drawn = _draw(spec, images, skipped)
     while batch := list(islice(drawn, _IMAGES_PER_BATCH)):
-        ids = tokenizer.encode(torch.cat([image.pixels for image in batch]))
-        ids_of_image = ids.view(len(batch), *spec.tokens_shape).numpy().astype(np.uint16)
-        for image, token_ids in zip(batch, ids_of_image, strict=True):
+        try:
+            made = maker.make(torch.cat([image.pixels for image in batch]))
+        except ConfigError as exc:
+            raise ConfigError(f"{batch[0].row.key} to {batch[-1].row.key}: {exc}") from exc
+        for image, targets in zip(batch, made.split(len(batch)), strict=True):
             embedded = spec.images_in_cache != "none"
             sample = CachedSample(
                 key=image.row.key,
                 image=image.data if embedded else None,
                 label=image.row.label,
                 views=image.views,
-                token_ids=token_ids,
+                **targets._asdict(),
             )
             extension = image.extension if embedded else ""
             yield NewSample(sample, extension, image.row.source, image.image_size)
@@ -302,6 +315,8 @@ def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> 
             unit_size=listing.unit_size,
             source=listing.info,
             class_names=listing.class_names,
+            soft=soft_spec(codebook, options.soft_top_k, options.soft_temperature),
+            features=feature_spec(codebook, options.store_features),
         )
     except ValidationError as exc:
         raise ConfigError(f"{first_problem(exc)}.") from exc
@@ -332,14 +347,15 @@ def _finish(out: Path, plan: BuildPlan) -> CacheManifest:
             f"Not one of {plan.spec.source.num_samples} images could be tokenised; "
             f"{out / SKIPPED_NAME} has the reasons. The first: {skipped[0].reason}."
         )
-    image = () if plan.spec.images_in_cache == "none" else ("image",)
     manifest = CacheManifest(
         spec=plan.spec,
-        payloads=("tokens", "views", *image),
+        payloads=plan.spec.payloads,
         num_samples=num_samples,
         num_skipped=len(skipped),
         shards=tuple(infos),
         codebook=FileDigest.of(out, out / CODEBOOK_NAME),
+        soft=sum_soft(record.soft for record in records if record.soft),
+        features=sum_features(record.features for record in records if record.features),
     )
     files.publish(out / MANIFEST_NAME, to_json(manifest))
     return manifest

@@ -183,6 +183,18 @@ def build(
     unit_size: Annotated[
         int | None, typer.Option(min=1, help="Images per shard; default 64 to 1,024.")
     ] = None,
+    soft_top_k: Annotated[
+        int | None,
+        typer.Option(min=2, help="Also store this many nearest centroids and probabilities."),
+    ] = None,
+    soft_temperature: Annotated[
+        float | None,
+        typer.Option(help="Of those, in mean squared distances of the fit; default 0.05."),
+    ] = None,
+    store_features: Annotated[
+        Literal["float16", "int8"] | None,
+        typer.Option(help="Also store the features of every patch; not of pixels."),
+    ] = None,
     device: Device = "auto",
     weights: Weights = None,
     ray_address: RayAddress = None,
@@ -214,6 +226,9 @@ def build(
                 resized_short_side=resized_short_side,
                 jpeg_quality=jpeg_quality,
                 unit_size=unit_size,
+                soft_top_k=soft_top_k,
+                soft_temperature=soft_temperature,
+                store_features=store_features,
                 device=device,
                 weights=weights,
                 cluster=ClusterOptions(ray_address, workers, gpus_per_worker),

@@ -26,6 +26,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from cache_builder.build import BuildSummary, UnitReport
     from cache_builder.fit import FitSummary
+    from cache_builder.formats import CacheManifest
     from cache_builder.verify import VerifyReport
     from trainer.evaluate import ProbeResult
     from trainer.train import TrainSummary
@@ -187,9 +188,25 @@ def build_lines(summary: "BuildSummary", out: Path) -> list[str]:
         f"{rows} x {cols} token ids per view",
         f"skipped      {manifest.num_skipped:,}{reasons}",
         f"size         {size_text(manifest.bytes)} in {len(manifest.shards)} shards{kept}",
+        *_payload_lines(manifest),
         f"next         patchcache verify {out} --retokenize 100",
         f"             patchcache train beit_drop --cache {out} --out run/",
     ]
+
+
+def _payload_lines(manifest: "CacheManifest") -> Iterator[str]:
+    num_samples = manifest.num_samples
+    if (soft := manifest.soft) and (settings := manifest.spec.soft):
+        yield (
+            f"soft         top {settings.top_k}, perplexity {soft.perplexity:.3g}, "
+            f"{soft.mass:.1%} of all probability, {size_text(soft.bytes / num_samples)} per image"
+        )
+    if (features := manifest.features) and (stored := manifest.spec.features):
+        yield (
+            f"features     {stored.dim:,} values as {stored.dtype}, "
+            f"relative error {features.relative_error:.2g}, cosine {features.cosine:.6f}, "
+            f"{size_text(features.bytes / num_samples)} per image"
+        )
 
 
 def build_result(summary: "BuildSummary", out: Path) -> dict[str, JsonValue]:
@@ -204,6 +221,7 @@ def build_result(summary: "BuildSummary", out: Path) -> dict[str, JsonValue]:
         "num_shards": len(manifest.shards),
         "num_units_kept": summary.num_units_kept,
         "bytes": manifest.bytes,
+        **manifest.payload_totals(),
     }
 
 
@@ -218,6 +236,17 @@ def verify_lines(report: "VerifyReport") -> list[str]:
             f"retokenised  {again.num_images:,} images, {again.num_tokens:,} token ids: "
             f"{again.num_different:,} different, {again.num_near_ties:,} near ties"
         )
+        if again.num_soft_ids:
+            lines.append(
+                f"             {again.num_soft_ids:,} soft ids: {again.num_soft_different:,} "
+                f"different, {again.num_soft_near_ties:,} near ties; "
+                f"{again.num_soft_probs_different:,} probabilities different"
+            )
+        if again.num_features:
+            lines.append(
+                f"             {again.num_features:,} features: "
+                f"{again.num_features_different:,} different"
+            )
     lines += [f"damage       {problem}" for problem in report.problems]
     return [*lines, "result       " + ("damaged" if report.problems else "whole")]
 

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY
 from cache_builder.formats.shards import read_shard
 from cache_builder.quality import Usage, usage
 
@@ -78,6 +79,7 @@ def describe_cache(cache: TokenCache) -> Description:
         "bytes": manifest.bytes,
         "bytes_per_sample": round(manifest.bytes / manifest.num_samples, 1),
         "payloads": list(manifest.payloads),
+        **manifest.payload_totals(),
         "images_in_cache": spec.images_in_cache,
         "views": spec.view_spec.model_dump(mode="json"),
         "grid": list(manifest.grid),
@@ -108,6 +110,11 @@ def describe_shard(path: Path) -> Description:
             "label": first.label,
             "views": first.views.tolist(),
             "token_ids_shape": list(first.token_ids.shape),
+            **{
+                f"{name}_shape": list(array.shape)
+                for name in PAYLOAD_OF_ARRAY
+                if (array := getattr(first, name)) is not None
+            },
         },
     }
 
@@ -122,7 +129,7 @@ def survey(cache: TokenCache) -> tuple[NDArray[np.int64], dict[int, int]]:
     counts = np.zeros(cache.manifest.vocab_size, np.int64)
     labels: Counter[int] = Counter()
     for shard in range(len(cache.manifest.shards)):
-        for sample in cache.read_shard(shard):
+        for sample in cache.read_shard(shard, payloads=()):
             ids = sample.token_ids
             if cache.manifest.spec.num_stages > 1:
                 ids = ids[..., 0]

@@ -91,10 +91,11 @@ def _refuse_other_plan(out: Path, there: BuildPlan, asked: BuildPlan) -> None:
 
 
 def _differences(prefix: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
+    if isinstance(old, dict) or isinstance(new, dict):
+        before, after = (value if isinstance(value, dict) else {} for value in (old, new))
+        for name in sorted(before.keys() | after.keys()):
             path = f"{prefix}.{name}".removeprefix(".spec").removeprefix(".")
-            yield from _differences(path, old.get(name), new.get(name))
+            yield from _differences(path, before.get(name), after.get(name))
     elif old != new:
         yield prefix, old, new
 

@@ -3,7 +3,8 @@
 Every file is digested, every sample is read and checked against the plan: nothing lost, nothing
 twice, every id below K, every view a box. On request a sample of the images is tokenised again
 with the cache's own codebook. A feature tokenizer may answer differently on another device where
-two centroids are equally near; such near ties are counted apart.
+two centroids are equally near; such near ties are counted apart. Soft targets and features are
+checked in the same two ways.
 """
 
 import hashlib
@@ -29,15 +30,20 @@ from cache_builder.formats.manifest import (
     to_json,
     unit_record_path,
 )
+from cache_builder.formats.payloads import FeatureTotals, SoftTotals, sum_features, sum_soft
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode
+from cache_builder.payload_checks import (
+    compare_features,
+    compare_soft,
+    num_near_ties,
+    payload_problem,
+)
 from cache_builder.planning import units_sha256
 from cache_builder.sources import ImageJoin
+from cache_builder.targets import TargetMaker
 from cache_builder.tokenizers import PatchTokenizer
-
-# Two distances this close, relative to their size, count as a tie that rounding may turn.
-_NEAR_TIE = 1e-4
 
 
 class Retokenized(NamedTuple):
@@ -47,6 +53,25 @@ class Retokenized(NamedTuple):
     num_tokens: int
     num_near_ties: int
     num_different: int
+    num_soft_ids: int = 0
+    num_soft_near_ties: int = 0
+    num_soft_different: int = 0
+    num_soft_probs_different: int = 0  # of ids that do not differ
+    num_features: int = 0  # one per patch
+    num_features_different: int = 0
+
+    def problems(self) -> list[str]:
+        """Say what is different."""
+        return [
+            f"{different:,} of {total:,} {what} differ from those of the same views tokenised again"
+            for different, total, what in (
+                (self.num_different, self.num_tokens, "token ids"),
+                (self.num_soft_different, self.num_soft_ids, "soft ids"),
+                (self.num_soft_probs_different, self.num_soft_ids, "soft probabilities"),
+                (self.num_features_different, self.num_features, "features"),
+            )
+            if different
+        ]
 
 
 class VerifyReport(NamedTuple):
@@ -101,11 +126,7 @@ def run(
             join = ImageJoin(cache_dir, cache.manifest.spec.source, images)
         tokenizer = PatchTokenizer.load(cache.codebook, device, weights)
         retokenized = _retokenize(cache, retokenize, tokenizer, join)
-        if retokenized.num_different:
-            checker.problems.append(
-                f"{retokenized.num_different:,} of {retokenized.num_tokens:,} token ids differ "
-                "from those of the same views tokenised again"
-            )
+        checker.problems += retokenized.problems()
     cache.close()
     return VerifyReport(
         problems=checker.problems,
@@ -128,6 +149,8 @@ class _Checker:
         self._spec = cache.manifest.spec
         self._skipped: list[bytes] = []
         self._keys: set[str] = set()
+        self._soft: list[SoftTotals] = []
+        self._features: list[FeatureTotals] = []
 
     def check_codebook(self) -> None:
         manifest = self._cache.manifest
@@ -185,6 +208,14 @@ class _Checker:
         ):
             if found != expected and not self.problems:
                 self.problems.append(f"{found:,} {what} found, {expected:,} expected")
+        if manifest.payloads != self._spec.payloads:
+            self.problems.append(
+                f"the manifest lists payloads {', '.join(manifest.payloads)}, and its settings are "
+                f"those of {', '.join(self._spec.payloads)}"
+            )
+        totals = sum_soft(self._soft), sum_features(self._features)
+        if totals != (manifest.soft, manifest.features) and not self.problems:
+            self.problems.append("soft or features of the manifest are not those of its records")
         path = self._cache.path / SKIPPED_NAME
         if not path.is_file() or path.read_bytes() != b"".join(self._skipped):
             self.problems.append(f"{path} does not list the skipped images of the commit records")
@@ -194,6 +225,8 @@ class _Checker:
         planned = read_model(PlanUnit, plan_unit_path(self._cache.path, unit))
         self._skipped += [to_json(sample) for sample in record.skipped]
         self.num_skipped += len(record.skipped)
+        self._soft += [record.soft] if record.soft else []
+        self._features += [record.features] if record.features else []
         keys = []
         for sample in self._cache.read_shard(unit):
             keys.append(sample.key)
@@ -226,19 +259,20 @@ class _Checker:
             return f"views {sample.views.tolist()} are not boxes"
         if (sample.image is None) != (self._spec.images_in_cache == "none"):
             return "the image is missing"
-        return None
+        return payload_problem(sample, self._spec)
 
 
 def _retokenize(
     cache: TokenCache, num_images: int, tokenizer: PatchTokenizer, join: ImageJoin | None
 ) -> Retokenized:
-    counts = np.zeros(3, np.int64)
     places = _choose(cache, num_images)
+    maker = TargetMaker(tokenizer, cache.manifest.spec)
+    counts = []
     for shard, row in places:
         sample = cache.read(shard, row)
         image = sample.image if join is None else join.read(shard, sample.key)
-        counts += _compare(sample, image or b"", tokenizer)
-    return Retokenized(len(places), *(int(count) for count in counts))
+        counts.append(_compare(sample, image or b"", tokenizer, maker))
+    return Retokenized(*(sum(column) for column in zip(*counts, strict=True)))
 
 
 def _choose(cache: TokenCache, num_images: int) -> list[tuple[int, int]]:
@@ -249,20 +283,29 @@ def _choose(cache: TokenCache, num_images: int) -> list[tuple[int, int]]:
     return sorted(cache.place(index) for index in ranked[:num_images])
 
 
-def _compare(sample: CachedSample, image: bytes, tokenizer: PatchTokenizer) -> tuple[int, int, int]:
-    """Return the numbers of tokens, of near ties and of real differences of one sample."""
+def _compare(
+    sample: CachedSample, image: bytes, tokenizer: PatchTokenizer, maker: TargetMaker
+) -> Retokenized:
+    """Tokenise one sample again."""
     try:
         pixels = torch.stack(list(_views(sample, image, tokenizer)))
     except ImageError as exc:
         raise ArtifactError(f"The image of {sample.key} cannot be tokenised again: {exc}") from exc
-    cached = torch.from_numpy(sample.token_ids.astype(np.int64))
-    again = tokenizer.encode(pixels)
-    different = cached != again
-    num_different = int(different.sum())
-    num_ties = 0
+    again = maker.make(pixels)
+    different = sample.token_ids != again.token_ids
+    num_different, num_ties = int(different.sum()), 0
     if num_different and tokenizer.codebook.num_stages == 1 and not tokenizer.decodes_to_pixels:
-        num_ties = _count_ties(tokenizer, pixels, cached, again, different)
-    return cached.numel(), num_ties, num_different - num_ties
+        features = tokenizer.features(pixels).flatten(0, 1)[torch.from_numpy(different.ravel())]
+        before, after = (
+            torch.from_numpy(ids[different].astype(np.int64))
+            for ids in (sample.token_ids, again.token_ids)
+        )
+        num_ties = num_near_ties(tokenizer, features, before, after)
+    soft = (0, 0, 0, 0)
+    if sample.soft_ids is not None:
+        soft = compare_soft(sample, again, tokenizer, pixels)
+    stored = (0, 0) if sample.features is None else compare_features(sample, again)
+    return Retokenized(1, different.size, num_ties, num_different - num_ties, *soft, *stored)
 
 
 def _views(sample: CachedSample, image: bytes, tokenizer: PatchTokenizer) -> Iterator[Tensor]:
@@ -271,15 +314,3 @@ def _views(sample: CachedSample, image: bytes, tokenizer: PatchTokenizer) -> Ite
     for top, left, height, width, hflip in sample.views.tolist():
         view = View(top, left, height, width, bool(hflip))
         yield apply_view(picture, view, rule.size, rule.interpolation)
-
-
-def _count_ties(
-    tokenizer: PatchTokenizer, pixels: Tensor, cached: Tensor, again: Tensor, different: Tensor
-) -> int:
-    where = different.flatten()
-    features = tokenizer.features(pixels).flatten(0, 1)[where].double().cpu()
-    centroids = torch.from_numpy(tokenizer.codebook.centroids[0]).double()
-    before, after = (
-        (features - centroids[ids.flatten()[where]]).square().sum(1) for ids in (cached, again)
-    )
-    return int(((before - after).abs() <= _NEAR_TIE * after.clamp(min=1e-12)).sum())

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cache_builder import build, files
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
 from cache_builder.formats.manifest import BuildPlan, CacheManifest, unit_record_path
+from cache_builder.formats.sample import CachedSample
+from cache_builder.formats.views import View
+from cache_builder.imaging import apply_view, decode
 from cache_builder.planning import settle_plan
 from cache_builder.sources import Listing, open_source
+from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 
 PATCH = 4  # side of a patch of the drawn pictures
 GRID = 4
@@ -87,6 +92,48 @@ def colour_codebook(colours=COLOURS, size=SIZE, patch_size=PATCH, **changes: Any
 def write_codebook(path: Path, **changes: Any) -> Path:
     colour_codebook(**changes).save(path)
     return path
+
+
+def feature_codebook(
+    features="timm:resnet10t",
+    image_size=64,
+    layer="2",
+    metric="l2",
+    centroids=None,
+    **changes: Any,
+) -> Codebook:
+    """Return a codebook of a small model, of random weights unless a file is named.
+
+    Its centroids are features of drawn photographs unless they are given. At 64 pixels layer 2 has
+    8 x 8 patches and layer 4 has 2 x 2.
+    """
+    seed = None if "@" in features else 0
+    options = FeatureOptions(features, image_size=image_size, layer=layer, random_weights_seed=seed)
+    extractor = make_extractor(options, torch.device("cpu"))
+    fields: dict[str, Any] = {"metric": metric}
+    if centroids is None:
+        photos = np.stack([draw_photo(i, image_size, image_size) for i in range(4)])
+        found = extractor(torch.from_numpy(photos).permute(0, 3, 1, 2)).flatten(0, 1)
+        if metric == "cosine":
+            found = torch.nn.functional.normalize(found, dim=1)
+        points = found.numpy()
+        centroids = points[None, :: len(points) // 16].copy()
+        spread = np.square(points - points.mean(0)).sum(1).mean()
+        fields["objective"] = (float(spread),)
+    return Codebook(
+        centroids,
+        np.ones(centroids.shape[:2], np.int64),
+        pixel_rule=extractor.pixel_rule,
+        extractor=extractor.spec,
+        **(fields | changes),
+    )
+
+
+def views_of(sample: CachedSample, rule: PixelRule) -> torch.Tensor:
+    """Cut the views of a sample with an image, (V, 3, S, S) uint8."""
+    picture = decode(sample.image or b"")
+    boxes = [View(*box[:4], bool(box[4])) for box in sample.views.tolist()]
+    return torch.stack([apply_view(picture, box, rule.size, rule.interpolation) for box in boxes])
 
 
 def patch_images(num_images, **shape) -> dict[str, bytes]:

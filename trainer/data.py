@@ -31,10 +31,12 @@ from cache_builder.errors import (
     PatchCacheError,
     SourceError,
 )
-from cache_builder.formats import CachedSample, TokenCache, View
+from cache_builder.formats import CachedSample, PayloadName, TokenCache, View
 from cache_builder.sources import ImageJoin
 
 _WINDOW_SHARDS = 64  # as many as TokenCache keeps open
+# Soft targets and features, which can be a hundred times as large as token ids, are not read.
+_PAYLOADS: tuple[PayloadName, ...] = ("image",)
 
 
 class Pick(NamedTuple):
@@ -161,7 +163,7 @@ class CachedViews:
         """
         pixels, token_ids, labels, keys = [], [], [], []
         for pick in picks:
-            sample = self._cache.read(pick.shard, pick.row)
+            sample = self._cache.read(pick.shard, pick.row, payloads=_PAYLOADS)
             index = 0
             if self._views == "by epoch":
                 index = view_index(sample.key, pick.epoch, len(sample.views))

@@ -3,6 +3,7 @@
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, Metric, PixelRule
 from cache_builder.formats.manifest import CacheManifest, CacheSpec, ShardInfo
+from cache_builder.formats.payloads import FeatureSpec, PayloadName, SoftSpec, restore_features
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View, ViewSpec, draw_views
 
@@ -12,11 +13,15 @@ __all__ = [
     "CachedSample",
     "Codebook",
     "ExtractorSpec",
+    "FeatureSpec",
     "Metric",
+    "PayloadName",
     "PixelRule",
     "ShardInfo",
+    "SoftSpec",
     "TokenCache",
     "View",
     "ViewSpec",
     "draw_views",
+    "restore_features",
 ]

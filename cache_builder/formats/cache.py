@@ -1,11 +1,11 @@
 """The one reader of finished caches, whichever layout they have."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, get_args
 
 import numpy as np
 
@@ -17,11 +17,14 @@ from cache_builder.formats.manifest import (
     read_model,
     unit_record_path,
 )
+from cache_builder.formats.payloads import PayloadName
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.shards import TarShard, shard_path
 from cache_builder.formats.zarr_store import ZarrShard
 
 _MAX_OPEN_SHARDS = 64
+_PAYLOAD_NAMES: frozenset[str] = frozenset(get_args(PayloadName))
+_TOKEN_TYPE = np.dtype(np.uint16)
 
 
 class Shard(Protocol):
@@ -34,8 +37,8 @@ class Shard(Protocol):
     def keys(self) -> Sequence[str]:
         """Sample keys, in order."""
 
-    def read(self, row: int) -> CachedSample:
-        """Return one sample."""
+    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
+        """Return one sample with these optional payloads; None means all."""
 
     def close(self) -> None:
         """Release the files."""
@@ -55,6 +58,8 @@ class TokenCache:
         self.manifest = manifest
         self._starts = [0, *accumulate(shard.num_samples for shard in manifest.shards)]
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._tokens_shape = manifest.spec.tokens_shape
+        self._payload_arrays = manifest.spec.payload_arrays
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -101,26 +106,36 @@ class TokenCache:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - self._starts[shard]
 
-    def read(self, shard: int, row: int) -> CachedSample:
+    def read(
+        self, shard: int, row: int, payloads: Collection[PayloadName] | None = None
+    ) -> CachedSample:
         """Return one sample by its place.
 
+        Args:
+            shard: Number of the shard.
+            row: Of the shard.
+            payloads: Which of `image`, `soft` and `features` to read; None reads all that the
+                cache has. What is left out, or not in the cache, is None in the sample.
+
         Raises:
-            ArtifactError: The shard is damaged, or its targets have another shape than it says.
+            ArtifactError: The shard is damaged, or an array has another shape than it says.
+            ValueError: There is no payload of that name.
         """
-        sample = self.shard(shard).read(row)
-        shape = self.manifest.spec.tokens_shape
-        if sample.token_ids.shape != shape or sample.token_ids.dtype != np.uint16:
-            raise ArtifactError(
-                f"{self.path}: token ids of {sample.key} are {sample.token_ids.shape} "
-                f"{sample.token_ids.dtype}, expected {shape} uint16. "
-                f"Run `patchcache verify {self.path}`."
-            )
+        if payloads is not None and not set(payloads) <= _PAYLOAD_NAMES:
+            raise ValueError(f"payloads {sorted(payloads)} are not all of {sorted(_PAYLOAD_NAMES)}")
+        sample = self.shard(shard).read(row, payloads)
+        self._check_array(sample, "token_ids", self._tokens_shape, _TOKEN_TYPE)
+        for name, array in self._payload_arrays.items():
+            if payloads is None or array.payload in payloads:
+                self._check_array(sample, name, array.shape, array.dtype)
         return sample
 
-    def read_shard(self, index: int, skip: int = 0) -> Iterator[CachedSample]:
+    def read_shard(
+        self, index: int, skip: int = 0, payloads: Collection[PayloadName] | None = None
+    ) -> Iterator[CachedSample]:
         """Yield the samples of one shard in order, from the `skip`-th on."""
         for row in range(skip, len(self.shard(index))):
-            yield self.read(index, row)
+            yield self.read(index, row, payloads)
 
     def shard(self, index: int) -> Shard:
         """Return one shard, opened."""
@@ -147,6 +162,17 @@ class TokenCache:
     def __exit__(self, *exc_info: object) -> None:
         """Close every open shard."""
         self.close()
+
+    def _check_array(
+        self, sample: CachedSample, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        values = getattr(sample, name)
+        if values is None or values.shape != shape or values.dtype != dtype:
+            found = "missing" if values is None else f"{values.shape} {values.dtype}"
+            raise ArtifactError(
+                f"{self.path}: {name.replace('_', ' ')} of {sample.key} are {found}, expected "
+                f"{shape} {dtype}. Run `patchcache verify {self.path}`."
+            )
 
     def _open_shard(self, index: int) -> Shard:
         info = self.manifest.shards[index]

@@ -13,16 +13,34 @@ it says, whatever else lies in the directory.
 Nothing about a cache is inferred from file names, listing order or times. If a reader needs to
 know it, it is a field here. No field depends on when, where or how fast the build ran: the same
 inputs give the same bytes.
+
+Fields of payloads that a cache does not have (`soft`, `features`) are left out of the files, not
+written as null.
 """
 
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.codebook import check_format_version, first_problem
+from cache_builder.formats.payloads import (
+    FeatureSpec,
+    FeatureTotals,
+    PayloadArray,
+    SoftSpec,
+    SoftTotals,
+    payload_arrays,
+)
 from cache_builder.formats.views import ViewSpec
 
 FORMAT_VERSION = 1
@@ -48,7 +66,20 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
     num_samples: int = Field(ge=0)
 
 
-class CacheSpec(BaseModel, frozen=True, extra="forbid"):
+class _OptionalPayloads(BaseModel, frozen=True, extra="forbid"):
+    """A model whose fields `soft` and `features` are written only where they are set."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name not in ("soft", "features")
+        }
+
+
+class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
     """The settings of a build: two builds with equal specs and sources give equal bytes."""
 
     fingerprint: str = Field(description="identity of the tokenizer")
@@ -63,12 +94,27 @@ class CacheSpec(BaseModel, frozen=True, extra="forbid"):
     unit_size: int = Field(gt=0, description="largest number of samples of a unit")
     source: SourceInfo
     class_names: tuple[str, ...] = Field((), description="name of label 0, 1, ...")
+    soft: SoftSpec | None = Field(None, description="of the payload `soft`")
+    features: FeatureSpec | None = Field(None, description="of the payload `features`")
 
     @property
     def tokens_shape(self) -> tuple[int, ...]:
         """Shape of one sample's token ids: (V, rows, cols), and M where M > 1."""
         stages = (self.num_stages,) if self.num_stages > 1 else ()
         return (self.view_spec.num_views, *self.grid, *stages)
+
+    @property
+    def payload_arrays(self) -> dict[str, PayloadArray]:
+        """What a sample has beside its views and token ids, by name."""
+        return payload_arrays((self.view_spec.num_views, *self.grid), self.soft, self.features)
+
+    @property
+    def payloads(self) -> tuple[str, ...]:
+        """What every sample carries."""
+        image = () if self.images_in_cache == "none" else ("image",)
+        soft = ("soft",) if self.soft else ()
+        features = ("features",) if self.features else ()
+        return ("tokens", "views", *image, *soft, *features)
 
 
 class BuildPlan(BaseModel, frozen=True, extra="forbid"):
@@ -140,7 +186,7 @@ class SampleEntry(BaseModel, frozen=True, extra="forbid"):
     members: dict[str, tuple[int, int]]
 
 
-class UnitRecord(BaseModel, frozen=True, extra="forbid"):
+class UnitRecord(_OptionalPayloads, frozen=True, extra="forbid"):
     """`units/NNNNNN.json`: the commit record of one unit."""
 
     format_version: int = FORMAT_VERSION
@@ -149,6 +195,8 @@ class UnitRecord(BaseModel, frozen=True, extra="forbid"):
     files: tuple[FileDigest, ...]
     skipped: tuple[SkippedSample, ...] = ()
     samples: tuple[SampleEntry, ...] = Field((), description="WebDataset layout only")
+    soft: SoftTotals | None = Field(None, description="measured, of the payload `soft`")
+    features: FeatureTotals | None = Field(None, description="measured, of the payload `features`")
 
 
 class ShardInfo(BaseModel, frozen=True, extra="forbid"):
@@ -173,7 +221,7 @@ class ShardInfo(BaseModel, frozen=True, extra="forbid"):
         return files.sha256_bytes("".join(file.sha256 for file in self.files).encode())
 
 
-class CacheManifest(BaseModel, frozen=True, extra="forbid"):
+class CacheManifest(_OptionalPayloads, frozen=True, extra="forbid"):
     """`manifest.json`: what a finished cache holds."""
 
     format_version: int = FORMAT_VERSION
@@ -183,6 +231,8 @@ class CacheManifest(BaseModel, frozen=True, extra="forbid"):
     num_skipped: int = Field(ge=0)
     shards: tuple[ShardInfo, ...]
     codebook: FileDigest
+    soft: SoftTotals | None = Field(None, description="measured, of the payload `soft`")
+    features: FeatureTotals | None = Field(None, description="measured, of the payload `features`")
 
     @property
     def fingerprint(self) -> str:
@@ -208,6 +258,24 @@ class CacheManifest(BaseModel, frozen=True, extra="forbid"):
     def bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.bytes for shard in self.shards)
+
+    def payload_totals(self) -> dict[str, JsonValue]:
+        """Return settings and measured values of `soft` and `features`, where the cache has them.
+
+        `bytes_per_sample` is what a sample's payload takes on disk, without the headers of a tar.
+        """
+        return {
+            name: {
+                **settings.model_dump(mode="json"),
+                **totals.model_dump(mode="json"),
+                "bytes_per_sample": round(totals.bytes / self.num_samples, 1),
+            }
+            for name, settings, totals in (
+                ("soft", self.spec.soft, self.soft),
+                ("features", self.spec.features, self.features),
+            )
+            if settings and totals
+        }
 
     @classmethod
     def load(cls, cache_dir: str | Path) -> Self:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_builder.errors import ArtifactError
+from cache_builder.errors import ArtifactError, ConfigError
+from cache_builder.formats.payloads import restore_features
 
 
 class CachedSample(NamedTuple):
@@ -17,6 +18,24 @@ class CachedSample(NamedTuple):
     label: int | None
     views: NDArray[np.int32]  # (V, 5): top, left, height, width, hflip
     token_ids: NDArray[np.uint16]  # (V, rows, cols), or (V, rows, cols, M) with M > 1 stages
+    # Optional payloads, see `payloads`; None where a cache has none or the reader left it out.
+    soft_ids: NDArray[np.uint16] | None = None  # (V, rows, cols, k), nearest first
+    soft_probs: NDArray[np.float16] | None = None  # (V, rows, cols, k)
+    features: NDArray[Any] | None = None  # (V, rows, cols, D) float16 or int8
+    feature_scales: NDArray[np.float32] | None = None  # (V, rows, cols), of int8 features
+
+    def float_features(self) -> NDArray[np.float32]:
+        """Return the stored features as float32, (V, rows, cols, D).
+
+        Raises:
+            ConfigError: They are not there.
+        """
+        if self.features is None:
+            raise ConfigError(
+                f"Sample {self.key} was read without features. Build the cache with "
+                "`--store-features float16` or `int8`, and read the payload `features`."
+            )
+        return restore_features(self.features, self.feature_scales)
 
 
 class NewSample(NamedTuple):

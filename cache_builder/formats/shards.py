@@ -4,28 +4,33 @@
     {key}.json          label, source path, height and width of the decoded picture
     {key}.tokens.npy    (V, rows, cols[, M]) uint16 token ids
     {key}.views.npy     (V, 5) int32 boxes: top, left, height, width, hflip
+    {key}.soft_ids.npy ...      optional payloads, as `payloads` lists them
 
 Any tar or WebDataset reader reads it. Ours does not walk it: the unit's commit record holds the
-byte offset of every member, so one `pread` brings a whole sample, in any order. Modification
-times, owners and order are fixed, so the same samples give the same bytes.
+byte offset of every member, so one `pread` brings a whole sample, in any order. Features
+come last, so that a reader that leaves them out reads that much less. Modification times, owners
+and order are fixed, so the same samples give the same bytes.
 """
 
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.manifest import SampleEntry, UnitRecord
+from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample, from_npy, npy_bytes
 
 TOKENS = "tokens.npy"
 VIEWS = "views.npy"
 INFO = "json"
 
+_ARRAY_OF_EXTENSION = {f"{name}.npy": name for name in PAYLOAD_OF_ARRAY}
 _BLOCK_BYTES = 512
 
 
@@ -121,11 +126,23 @@ class TarShard:
         """Sample keys, in order."""
         return [entry.key for entry in self._entries]
 
-    def read(self, row: int) -> CachedSample:
-        """Read one sample with one system call: its members lie side by side."""
+    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
+        """Read one sample with one system call: its members lie side by side.
+
+        Args:
+            row: Of the shard.
+            payloads: The optional ones to read; None reads all that there are.
+        """
         entry = self._entries[row]
-        start = min(offset for offset, _ in entry.members.values())
-        stop = max(offset + size for offset, size in entry.members.values())
+        wanted = entry.members
+        if payloads is not None:
+            wanted = {
+                extension: place
+                for extension, place in wanted.items()
+                if (payload := payload_of(extension)) is None or payload in payloads
+            }
+        start = min(offset for offset, _ in wanted.values())
+        stop = max(offset + size for offset, size in wanted.values())
         data = os.pread(self._handle, stop - start, start)
         if len(data) < stop - start:
             raise ArtifactError(
@@ -134,13 +151,31 @@ class TarShard:
             )
         members = {
             extension: data[offset - start : offset - start + size]
-            for extension, (offset, size) in entry.members.items()
+            for extension, (offset, size) in wanted.items()
         }
         return _sample(entry.key, members, self._path)
 
     def close(self) -> None:
         """Close the tar."""
         os.close(self._handle)
+
+
+def payload_of(extension: str) -> PayloadName | None:
+    """Return the optional payload that a member belongs to, by its extension."""
+    if extension in (INFO, TOKENS, VIEWS):
+        return None
+    array = _ARRAY_OF_EXTENSION.get(extension)
+    return "image" if array is None else PAYLOAD_OF_ARRAY[array]
+
+
+def payload_bytes(entries: Iterable[SampleEntry]) -> Counter[PayloadName]:
+    """Return the size of every optional payload of a tar, in bytes without tar headers."""
+    sizes = Counter[PayloadName]()
+    for entry in entries:
+        for extension, (_, size) in entry.members.items():
+            if payload := payload_of(extension):
+                sizes[payload] += size
+    return sizes
 
 
 def _members(new: NewSample) -> dict[str, bytes]:
@@ -155,6 +190,11 @@ def _members(new: NewSample) -> dict[str, bytes]:
         INFO: files.canonical_json(info),
         TOKENS: npy_bytes(sample.token_ids),
         VIEWS: npy_bytes(sample.views),
+        **{
+            extension: npy_bytes(getattr(sample, name))
+            for extension, name in _ARRAY_OF_EXTENSION.items()
+            if getattr(sample, name) is not None
+        },
     }
 
 
@@ -165,7 +205,7 @@ def _sample(key: str, members: dict[str, bytes], path: Path) -> CachedSample:
             f"{path}: sample {key} has no {', '.join(sorted(missing))}. "
             "This tar was not written by `patchcache build`, or it is damaged."
         )
-    images = [data for extension, data in members.items() if extension not in (INFO, TOKENS, VIEWS)]
+    images = [data for extension, data in members.items() if payload_of(extension) == "image"]
     try:
         label = json.loads(members[INFO]).get("label")
     except (ValueError, AttributeError) as exc:
@@ -176,4 +216,9 @@ def _sample(key: str, members: dict[str, bytes], path: Path) -> CachedSample:
         label=label,
         views=from_npy(members[VIEWS], f"{path}: {key}.{VIEWS}"),
         token_ids=from_npy(members[TOKENS], f"{path}: {key}.{TOKENS}"),
+        **{
+            name: from_npy(members[extension], f"{path}: {key}.{extension}")
+            for extension, name in _ARRAY_OF_EXTENSION.items()
+            if extension in members
+        },
     )

@@ -7,15 +7,22 @@
     keys, source  (n,) string
     image_spans   (n, 2) int64             start and stop of the image's bytes in images/NNNNNN
     images/NNNNNN (bytes,) uint8           the images of a unit, end to end, one uncompressed chunk
+    soft_ids ...  (n, ...)                 optional payloads, as `payloads` lists them
 
 Unit u owns the rows [u * unit_size, (u + 1) * unit_size); its samples come first, the rest is
 fill. Those rows are exactly one Zarr shard of every array, and one process writes it: two writers
 in one Zarr shard lose data without an error. The arrays are created at full shape before any
 worker starts and never resized. `image_spans` and `images` exist only in a cache with images.
+
+A reader holds the token ids of a unit in memory, which are small. Soft targets and features are
+not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
 """
 
+import math
 import os
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +31,15 @@ from numpy.typing import NDArray
 from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.manifest import CacheSpec, FileDigest
+from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample
 
 STORE_NAME = "tokens.zarr"
 ABSENT = 65_535
 
+_UNREADABLE = (OSError, KeyError, ValueError, RuntimeError)  # what zarr raises of damage
 _MAX_CHUNK_ROWS = 256
+_MAX_PAYLOAD_CHUNK_BYTES = 1 << 20
 
 
 class _Array(NamedTuple):
@@ -37,6 +47,7 @@ class _Array(NamedTuple):
     dtype: Any
     fill: Any
     dimensions: tuple[str, ...]
+    max_chunk_rows: int = _MAX_CHUNK_ROWS
 
 
 def create_store(cache_dir: Path, spec: CacheSpec, num_units: int) -> None:
@@ -49,10 +60,11 @@ def create_store(cache_dir: Path, spec: CacheSpec, num_units: int) -> None:
         {"patchcache": {"fingerprint": spec.fingerprint, "vocab_size": spec.vocab_size}}
     )
     rows = spec.unit_size
-    chunk_rows = max(n for n in range(1, min(rows, _MAX_CHUNK_ROWS) + 1) if rows % n == 0)
     for name, array in _arrays(spec).items():
         if name in group:
             continue
+        most = min(rows, array.max_chunk_rows)
+        chunk_rows = max(n for n in range(1, most + 1) if rows % n == 0)
         options: dict[str, Any] = {}
         if array.dtype is not str:
             typesize = np.dtype(array.dtype).itemsize
@@ -106,11 +118,21 @@ def write_unit(
     return [FileDigest.of(cache_dir, path) for path in stored]
 
 
+def payload_bytes(written: Iterable[FileDigest]) -> Counter[PayloadName]:
+    """Return the size of soft targets and features among the files of one unit, in bytes."""
+    sizes = Counter[PayloadName]()
+    for file in written:
+        payload = PAYLOAD_OF_ARRAY.get(PurePosixPath(file.path).parts[1])
+        if payload:
+            sizes[payload] += file.bytes
+    return sizes
+
+
 class ZarrShard:
-    """The samples of one unit: targets in memory, images read one by one."""
+    """The samples of one unit: token ids in memory, the rest read when it is asked for."""
 
     def __init__(self, cache_dir: Path, spec: CacheSpec, unit: int, num_samples: int) -> None:
-        """Read the targets of one unit.
+        """Read the token ids of one unit.
 
         Raises:
             ArtifactError: The store is missing or damaged.
@@ -120,6 +142,7 @@ class ZarrShard:
         root = cache_dir / STORE_NAME
         start = unit * spec.unit_size
         rows = slice(start, start + num_samples)
+        self._cache_dir, self._unit = cache_dir, unit
         self._handle: int | None = None
         self._path = root / "images" / f"{unit:06d}" / "c" / "0"
         try:
@@ -132,10 +155,12 @@ class ZarrShard:
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
                 self._handle = os.open(self._path, os.O_RDONLY)
-        except (OSError, KeyError, ValueError, RuntimeError) as exc:
-            raise ArtifactError(
-                f"{root}: unit {unit} cannot be read ({exc}). Run `patchcache verify {cache_dir}`."
-            ) from exc
+            self._payloads = {
+                name: (array.payload, _Chunks(group[name], start, num_samples))
+                for name, array in spec.payload_arrays.items()
+            }
+        except _UNREADABLE as exc:
+            raise self._damaged(exc) from exc
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -146,15 +171,24 @@ class ZarrShard:
         """Sample keys, in order."""
         return self._keys
 
-    def read(self, row: int) -> CachedSample:
-        """Return one sample."""
+    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
+        """Return one sample with these optional payloads; None means all."""
         label = self._labels[row]
+        try:
+            arrays = {
+                name: chunks.row(row)
+                for name, (payload, chunks) in self._payloads.items()
+                if payloads is None or payload in payloads
+            }
+        except _UNREADABLE as exc:
+            raise self._damaged(exc) from exc
         return CachedSample(
             key=self._keys[row],
-            image=self._image(row),
+            image=self._image(row) if payloads is None or "image" in payloads else None,
             label=None if label < 0 else label,
             views=self._views[row],
             token_ids=self._tokens[row],
+            **arrays,
         )
 
     def close(self) -> None:
@@ -172,6 +206,33 @@ class ZarrShard:
             raise ArtifactError(f"{self._path} ends before sample {self._keys[row]}.")
         return data
 
+    def _damaged(self, exc: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"{self._cache_dir / STORE_NAME}: unit {self._unit} cannot be read ({exc}). "
+            f"Run `patchcache verify {self._cache_dir}`."
+        )
+
+
+class _Chunks:
+    """One unit's rows of an array, read by whole chunks, the last of which is kept."""
+
+    def __init__(self, array: Any, start: int, num_samples: int) -> None:
+        self._array = array
+        self._start = start
+        self._num_samples = num_samples
+        self._first = -1
+        self._rows: NDArray[Any] = np.empty(0)
+
+    def row(self, index: int) -> NDArray[Any]:
+        size = self._array.chunks[0]
+        first = index // size * size
+        if first != self._first:
+            stop = min(first + size, self._num_samples)
+            self._rows = self._array[self._start + first : self._start + stop]
+            self._first = first
+        found: NDArray[Any] = self._rows[index - first]
+        return found
+
 
 def _arrays(spec: CacheSpec) -> dict[str, _Array]:
     stage = ("stage",) if spec.num_stages > 1 else ()
@@ -187,6 +248,15 @@ def _arrays(spec: CacheSpec) -> dict[str, _Array]:
     }
     if spec.images_in_cache != "none":
         arrays["image_spans"] = _Array((2,), np.int64, 0, ("sample", "span"))
+    for name, payload in spec.payload_arrays.items():
+        row_bytes = payload.dtype.itemsize * math.prod(payload.shape)
+        arrays[name] = _Array(
+            payload.shape,
+            payload.dtype,
+            payload.fill,
+            ("sample", *payload.dimensions),
+            min(_MAX_CHUNK_ROWS, max(1, _MAX_PAYLOAD_CHUNK_BYTES // row_bytes)),
+        )
     return arrays
 
 
@@ -203,6 +273,8 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
     if spec.images_in_cache != "none":
         stops = np.cumsum([len(new.sample.image or b"") for new in samples])
         values["image_spans"] = list(np.stack([np.concatenate([[0], stops[:-1]]), stops], 1))
+    for name in spec.payload_arrays:
+        values[name] = [getattr(new.sample, name) for new in samples]
     columns = {}
     for name, array in _arrays(spec).items():
         dtype = object if array.dtype is str else array.dtype

@@ -16,6 +16,7 @@ from cache_builder.formats.manifest import (
 )
 from cache_builder.formats.sample import NewSample
 from cache_builder.formats.shards import shard_path, write_shard
+from cache_builder.verify import Retokenized
 from cache_builder.verify import run as verify
 from tests import factories
 
@@ -62,7 +63,7 @@ def test_a_whole_cache_has_no_problem_and_the_same_tokens_again(make, layout, im
     report = verify(cache, retokenize=100, device="cpu", progress=lambda *step: told.append(step))
     assert report.problems == []
     assert (report.num_samples, report.num_skipped) == (5, 1)
-    assert report.retokenized == (5, 5 * 2 * 16, 0, 0)
+    assert report.retokenized == Retokenized(5, 5 * 2 * 16, 0, 0)
     assert told == [(1, 3), (2, 3), (3, 3)]
     # The codebook, and of each unit its files and its record.
     with TokenCache.open(cache) as opened:
@@ -197,7 +198,7 @@ def test_a_wrong_id_is_found_by_tokenising_again(make):
     rewrite_unit(cache, 0, other)
     assert problems(cache) == []
     report = verify(cache, retokenize=100, device="cpu")
-    assert report.retokenized == (5, 160, 0, 2)
+    assert report.retokenized == Retokenized(5, 160, 0, 2)
     assert report.problems == [
         "2 of 160 token ids differ from those of the same views tokenised again"
     ]

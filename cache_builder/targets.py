@@ -1,0 +1,241 @@
+"""What `build` stores of resized views: token ids and, on request, soft targets and features.
+
+Whatever else is asked for, the token ids are those of `PatchTokenizer.encode`. The features of a
+view are computed once, and all its targets are made from them.
+
+Beside the targets stands what they are worth: the perplexity of the soft targets, the share of the
+softmax over all K that the stored k hold, and how near the stored features are to the float32 ones.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_builder.errors import ConfigError
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.manifest import CacheSpec
+from cache_builder.formats.payloads import (
+    FeatureSpec,
+    FeatureTotals,
+    FeatureType,
+    SoftSpec,
+    SoftTotals,
+    pack_features,
+    restore_features,
+)
+from cache_builder.tokenizers import PatchTokenizer
+
+# Measured on the 250 photographs of the tests: see "Soft targets" in docs/formats.md.
+DEFAULT_TEMPERATURE = 0.05
+
+_VIEWS_PER_BATCH = 64
+_MASS_STEP = 16  # the softmax over all K is measured of one patch in this many
+_MASS_ROWS = 512  # patches of which all K distances are held at once
+
+
+class Targets(NamedTuple):
+    """Targets of B views; the optional ones as in `CachedSample`, with B in the place of V."""
+
+    token_ids: NDArray[np.uint16]  # (B, rows, cols), or (B, rows, cols, M) with M > 1 stages
+    soft_ids: NDArray[np.uint16] | None = None
+    soft_probs: NDArray[np.float16] | None = None
+    features: NDArray[Any] | None = None
+    feature_scales: NDArray[np.float32] | None = None
+
+    def split(self, num_images: int) -> "list[Targets]":
+        """Return the targets of every image, of each of which B / num_images views follow."""
+        columns = [
+            [None] * num_images if array is None else np.split(array, num_images) for array in self
+        ]
+        return [Targets(*parts) for parts in zip(*columns, strict=True)]
+
+
+class TargetMaker:
+    """Makes the targets that a cache's settings ask for, and measures them."""
+
+    def __init__(self, tokenizer: PatchTokenizer, spec: CacheSpec) -> None:
+        """Take the tokenizer that the cache was planned for."""
+        self._tokenizer = tokenizer
+        self._soft = spec.soft
+        self._dtype = spec.features.dtype if spec.features else None
+        # Sums over patches: perplexity, mass, patches with a mass; cosine, relative error.
+        self._num_patches = self._num_masses = 0
+        self._perplexity = self._mass = self._cosine = self._error = 0.0
+
+    def make(self, pixels: Tensor) -> Targets:
+        """Return the targets of resized views, (B, 3, S, S) uint8.
+
+        Raises:
+            ConfigError: The features are not finite, or too large for float16.
+        """
+        if not self._soft and not self._dtype:
+            ids = self._tokenizer.encode(pixels)
+            return Targets(ids.numpy().astype(np.uint16))
+        parts = [self._make(batch) for batch in pixels.split(_VIEWS_PER_BATCH)]
+        return Targets._make(
+            None if column[0] is None else np.concatenate(column)
+            for column in zip(*parts, strict=True)
+        )
+
+    def soft_totals(self, num_bytes: int) -> SoftTotals | None:
+        """Say what the soft targets made so far came to; None if there are none."""
+        if not self._soft or not self._num_patches:
+            return None
+        return SoftTotals(
+            bytes=num_bytes,
+            num_patches=self._num_patches,
+            perplexity=round(self._perplexity / self._num_patches, 6),
+            mass=round(self._mass / self._num_masses, 6),
+        )
+
+    def feature_totals(self, num_bytes: int) -> FeatureTotals | None:
+        """Say what the features made so far came to; None if there are none."""
+        if not self._dtype or not self._num_patches:
+            return None
+        return FeatureTotals(
+            bytes=num_bytes,
+            num_patches=self._num_patches,
+            cosine=round(self._cosine / self._num_patches, 9),
+            relative_error=round(self._error / self._num_patches, 9),
+        )
+
+    def _make(self, pixels: Tensor) -> Targets:
+        features = self._tokenizer.features(pixels)
+        if features.is_floating_point() and not features.isfinite().all():
+            raise ConfigError("The features hold NaN or infinity. Check the model and its weights.")
+        flat = features.reshape(-1, features.shape[-1])
+        shape = (len(pixels), *self._tokenizer.grid)
+        self._num_patches += len(flat)
+        packed: tuple[NDArray[Any] | None, NDArray[np.float32] | None] = (None, None)
+        if self._dtype:
+            packed = self._store(features.cpu().numpy(), self._dtype, shape)
+        if self._soft:
+            return Targets(*self._soften(flat, self._soft, shape), *packed)
+        ids = self._tokenizer.quantizer.encode(flat).cpu().numpy().astype(np.uint16)
+        stages = self._tokenizer.codebook.num_stages
+        tail = (stages,) if stages > 1 else ()
+        return Targets(ids.reshape(*shape, *tail), None, None, *packed)
+
+    def _soften(
+        self, flat: Tensor, soft: SoftSpec, shape: tuple[int, ...]
+    ) -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.float16]]:
+        index = self._tokenizer.quantizer.stages[0]
+        ids, distances = index.top_k(flat, soft.top_k)
+        probabilities = soft_probabilities(distances, soft)
+        entropy = -torch.xlogy(probabilities, probabilities).sum(1)
+        self._perplexity += float(entropy.exp().sum())
+        chosen = slice(None, None, _MASS_STEP)
+        masses = _masses(flat[chosen], index.centroids, distances[chosen], soft.bandwidth)
+        self._mass += float(masses.sum())
+        self._num_masses += len(masses)
+        soft_ids = ids.cpu().numpy().astype(np.uint16).reshape(*shape, soft.top_k)
+        # From float64 at once: by way of float32 a value could be rounded twice.
+        soft_probs = probabilities.cpu().numpy().astype(np.float16).reshape(*shape, soft.top_k)
+        return np.ascontiguousarray(soft_ids[..., 0]), soft_ids, soft_probs
+
+    def _store(
+        self, features: NDArray[np.float32], dtype: FeatureType, shape: tuple[int, ...]
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        values, scales = pack_features(features, dtype)
+        for view, stored in zip(features, restore_features(values, scales), strict=True):
+            cosines, errors = fidelity(view, stored)
+            self._cosine += float(cosines.sum())
+            self._error += float(errors.sum())
+        values = values.reshape(*shape, values.shape[-1])
+        return values, None if scales is None else scales.reshape(shape)
+
+
+def soft_probabilities(
+    distances: Tensor,  # (n, k), squared
+    soft: SoftSpec,
+) -> Tensor:
+    """Return softmax(-d^2 / (T s)) over the k, float64 (n, k), as mc-BEiT has its soft targets.
+
+    mc-BEiT (arXiv:2203.15371) softens the logits of a learned tokenizer. A k-means tokenizer has
+    distances instead, which are the logits of a mixture of Gaussians of variance T s / 2.
+    """
+    return torch.softmax(distances.double() / -soft.bandwidth, dim=1)
+
+
+def fidelity(
+    features: NDArray[np.float32],  # (n, D)
+    stored: NDArray[np.float32],  # (n, D)
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return cosine and |f - stored| / |f| of every patch, (n,) each; a zero kept is 1 and 0."""
+    exact, kept = features.astype(np.float64), stored.astype(np.float64)
+    length, kept_length = (np.sqrt(np.square(x).sum(-1)) for x in (exact, kept))
+    error = np.sqrt(np.square(exact - kept).sum(-1))
+    lost = (length == 0) | (kept_length == 0)
+    same = lost & (length == kept_length)
+    cosines = (exact * kept).sum(-1) / np.where(lost, 1, length * kept_length)
+    errors = error / np.where(length == 0, 1, length)
+    return np.where(lost, same, cosines), errors
+
+
+def soft_spec(codebook: Codebook, top_k: int | None, temperature: float | None) -> SoftSpec | None:
+    """Return how soft targets are made with this codebook, None if they are not asked for.
+
+    Raises:
+        ConfigError: The codebook has several stages, too few centroids, or no spread.
+    """
+    if top_k is None:
+        if temperature is not None:
+            raise ConfigError(
+                "--soft-temperature has no meaning without --soft-top-k. Add `--soft-top-k 8`, or "
+                "leave it out."
+            )
+        return None
+    if codebook.num_stages > 1:
+        raise ConfigError(
+            f"--soft-top-k needs a codebook of one stage, and this one has {codebook.num_stages}: "
+            "what a stage quantises depends on the id of the stage before. Leave it out."
+        )
+    if not 2 <= top_k <= codebook.vocab_size:
+        raise ConfigError(
+            f"--soft-top-k must be 2 to {codebook.vocab_size:,}, the centroids of this codebook, "
+            f"not {top_k}."
+        )
+    temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
+    if not 0 < temperature < float("inf"):
+        raise ConfigError(f"--soft-temperature must be positive, not {temperature}.")
+    objective = codebook.header.objective
+    if not objective or not 0 < objective[-1] < float("inf"):
+        found = f"one of {objective[-1]}" if objective else "none"
+        raise ConfigError(
+            "--soft-top-k measures distances in units of the mean squared distance of the "
+            f"codebook's fit, and the codebook records {found}. Fit it again with `patchcache fit` "
+            "to patches that are not all equal to a centroid."
+        )
+    return SoftSpec(top_k=top_k, temperature=temperature, scale=objective[-1])
+
+
+def feature_spec(codebook: Codebook, dtype: FeatureType | None) -> FeatureSpec | None:
+    """Return how features are stored, None if they are not asked for.
+
+    Raises:
+        ConfigError: The features are pixels.
+    """
+    if dtype is None:
+        return None
+    if codebook.extractor.id == "pixel":
+        raise ConfigError(
+            "--store-features has no meaning for a pixel tokenizer: its features are the pixels, "
+            "which every view of the image holds. Leave it out."
+        )
+    return FeatureSpec(dtype=dtype, dim=codebook.dim)
+
+
+def _masses(x: Tensor, centroids: Tensor, nearest: Tensor, bandwidth: float) -> Tensor:
+    """Return the share of the softmax over all K that the nearest k hold, (n,) float64."""
+    centres = centroids.double()
+    norms = centres.square().sum(1)
+    parts = []
+    for rows, kept in zip(x.split(_MASS_ROWS), nearest.split(_MASS_ROWS), strict=True):
+        exact = rows.double()
+        distances = exact.square().sum(1, keepdim=True) + norms - 2 * exact @ centres.T
+        of_all = torch.logsumexp(distances / -bandwidth, 1)
+        parts.append((torch.logsumexp(kept.double() / -bandwidth, 1) - of_all).exp().clamp(max=1))
+    return torch.cat(parts)

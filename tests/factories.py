@@ -100,6 +100,7 @@ def feature_codebook(
     layer="2",
     metric="l2",
     centroids=None,
+    num_centroids=16,
     **changes: Any,
 ) -> Codebook:
     """Return a codebook of a small model, of random weights unless a file is named.
@@ -117,7 +118,7 @@ def feature_codebook(
         if metric == "cosine":
             found = torch.nn.functional.normalize(found, dim=1)
         points = found.numpy()
-        centroids = points[None, :: len(points) // 16].copy()
+        centroids = points[None, :: len(points) // num_centroids].copy()
         spread = np.square(points - points.mean(0)).sum(1).mean()
         fields["objective"] = (float(spread),)
     return Codebook(

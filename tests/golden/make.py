@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_builder.formats import TokenCache
+from cache_builder import files
+from cache_builder.formats import CachedSample, TokenCache
 from cache_builder.formats.codebook import Codebook
 from tests import factories
 
 LAYOUTS = ("webdataset", "zarr")
+PAYLOAD_CACHES = (("webdataset", "int8"), ("zarr", "float16"))
 NUM_IMAGES = 4
 
 
@@ -36,6 +38,41 @@ def make(folder: Path) -> None:
             layout=layout, unit_size=2, seed=7,
         )  # fmt: skip
     (folder / "expected.json").write_text(json.dumps(_expected(folder), indent=1) + "\n")
+
+
+def make_payloads(folder: Path) -> None:
+    """Write a cache of each layout with soft targets and features, and what a reader must find.
+
+    Other versions of torch may give features that differ in their last digits, so these are read
+    and not made again.
+    """
+    codebook_path = folder / "codebook.safetensors"
+    codebook = factories.feature_codebook(layer="4", num_centroids=4)
+    codebook.save(codebook_path)
+    images = factories.write_folder(folder / "images", factories.photo_images(3))
+    for layout, dtype in PAYLOAD_CACHES:
+        factories.build_cache(
+            images=str(images), codebook=codebook_path, out=folder / layout, num_views=2,
+            layout=layout, unit_size=2, seed=7, images_in_cache="none", soft_top_k=3,
+            soft_temperature=0.5, store_features=dtype,
+        )  # fmt: skip
+        with TokenCache.open(folder / layout) as cache:
+            samples = [payloads_of(sample) for sample in cache]
+        (folder / f"{layout}.json").write_text(json.dumps(samples, indent=1) + "\n")
+
+
+def payloads_of(sample: CachedSample) -> dict[str, object]:
+    """Return the soft targets and features of a sample as JSON; of features, a digest."""
+    features = sample.float_features().astype("<f4")
+    return {
+        "key": sample.key,
+        "token_ids": sample.token_ids.tolist(),
+        "soft_ids": sample.soft_ids.tolist(),
+        "soft_probs": sample.soft_probs.tolist(),
+        "features_shape": list(features.shape),
+        "features_first": features[..., :2].tolist(),
+        "features_sha256": files.sha256_bytes(features.tobytes()),
+    }
 
 
 def _images() -> dict[str, bytes]:
@@ -70,3 +107,4 @@ def _expected(folder: Path) -> dict[str, object]:
 
 if __name__ == "__main__":
     make(Path(sys.argv[1]))
+    make_payloads(Path(sys.argv[1]) / "payloads")

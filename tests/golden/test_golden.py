@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import zarr
 
+from cache_builder import verify
 from cache_builder.errors import FormatVersionError
 from cache_builder.formats import Codebook, TokenCache
 from tests import factories
-from tests.golden.make import LAYOUTS, make
+from tests.golden.make import LAYOUTS, PAYLOAD_CACHES, make, payloads_of
 
 V1 = Path(__file__).parent / "v1"
 EXPECTED = json.loads((V1 / "expected.json").read_text())
@@ -42,6 +43,18 @@ def test_caches_of_version_1_are_read(layout):
         for sample in samples
     ]
     assert found == EXPECTED["samples"]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), PAYLOAD_CACHES)
+def test_soft_targets_and_features_of_version_1_are_read(layout, dtype):
+    expected = json.loads((V1 / "payloads" / f"{layout}.json").read_text())
+    with TokenCache.open(V1 / "payloads" / layout) as cache:
+        assert cache.manifest.payloads == ("tokens", "views", "soft", "features")
+        assert cache.manifest.spec.soft.top_k == 3
+        assert cache.manifest.spec.features.dtype == dtype
+        assert cache.manifest.features.num_patches == 3 * 2 * 4
+        assert [payloads_of(sample) for sample in cache] == expected
+    assert verify.run(V1 / "payloads" / layout).problems == []
 
 
 def test_making_them_again_gives_the_same_bytes(tmp_path):

@@ -165,14 +165,14 @@ def fidelity(
     stored: NDArray[np.float32],  # (n, D)
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return cosine and |f - stored| / |f| of every patch, (n,) each; a zero kept is 1 and 0."""
-    exact, kept = features.astype(np.float64), stored.astype(np.float64)
-    length, kept_length = (np.sqrt(np.square(x).sum(-1)) for x in (exact, kept))
-    error = np.sqrt(np.square(exact - kept).sum(-1))
-    lost = (length == 0) | (kept_length == 0)
-    same = lost & (length == kept_length)
-    cosines = (exact * kept).sum(-1) / np.where(lost, 1, length * kept_length)
-    errors = error / np.where(length == 0, 1, length)
-    return np.where(lost, same, cosines), errors
+    # Squared lengths, added up in float64; the dot product follows from the three.
+    exact, kept, error = (
+        np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (features, stored, features - stored)
+    )
+    lost = (exact == 0) | (kept == 0)
+    cosines = (exact + kept - error) / 2 / np.sqrt(np.where(lost, 1, exact * kept))
+    errors = np.sqrt(error / np.where(exact == 0, 1, exact))
+    return np.where(lost, exact == kept, cosines), errors
 
 
 def soft_spec(codebook: Codebook, top_k: int | None, temperature: float | None) -> SoftSpec | None:

@@ -117,7 +117,7 @@ def payload_arrays(
 
 
 def pack_features(
-    features: NDArray[np.float32],  # (..., D)
+    features: NDArray[np.float32],  # (n, ..., D), D > 0
     dtype: FeatureType,
 ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
     """Return features as a cache stores them.
@@ -128,20 +128,24 @@ def pack_features(
     Raises:
         ConfigError: A value is not finite, or too large for float16.
     """
-    largest = np.abs(features).max(-1, initial=0)
+    largest = np.maximum(features.max(-1), -features.min(-1))
     if not np.isfinite(largest).all():
         raise ConfigError("The features hold NaN or infinity. Check the model and its weights.")
     if dtype == "float16":
-        if largest.max(initial=0) > _LARGEST_FLOAT16:
+        if largest.size and largest.max() > _LARGEST_FLOAT16:
             raise ConfigError(
                 f"A feature value is {largest.max():.6g} in size, and float16 ends at "
                 f"{_LARGEST_FLOAT16:,.0f}. Use --store-features int8."
             )
         return features.astype(np.float16), None
     scales = (largest / np.float32(_LARGEST_INT8)).astype(np.float32)
-    # A patch of zeros has scale 0. Of the tiniest floats the quotient may pass 127.
-    values = np.rint(features / np.where(scales > 0, scales, 1)[..., None])
-    return values.clip(-_LARGEST_INT8, _LARGEST_INT8).astype(np.int8), scales
+    values = np.empty(features.shape, np.int8)
+    divisors = np.where(scales > 0, scales, 1)[..., None]  # a patch of zeros has scale 0
+    for into, part, divisor in zip(values, features, divisors, strict=True):
+        quotients = np.rint(part / divisor)
+        # Among the tiniest floats a quotient may pass 127.
+        into[...] = quotients.clip(-_LARGEST_INT8, _LARGEST_INT8, out=quotients)
+    return values, scales
 
 
 def restore_features(

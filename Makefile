@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA ?=
+KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
 .PHONY: demo test check bench clean
 
@@ -24,7 +25,7 @@ bench: $(INSTALLED)  ## every benchmark, each prints its table
 
 $(VENV): $(INSTALLED)  ## only the environment
 
-$(INSTALLED): pyproject.toml deploy/constraints.txt
+$(INSTALLED): pyproject.toml deploy/constraints.txt deploy/build_hook.py $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "patchcache needs Python 3.11 or newer; pass one: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -2,28 +2,29 @@
 
 Two cases, one answer each:
 
-* uint8 patches and uint8 centroids: every distance is an exact integer, so an id depends on
-  nothing but the two: not on the device, the batch or the number of threads.
-* anything else: float32 scores find the candidates, and every row with more than one candidate
-  within a certified rounding margin is decided in float64. What is left to chance is a tie closer
-  than float64 rounding.
+* integers (uint8 or int16 patches and centroids): every distance is an exact integer, so an id
+  depends on nothing but the two: not on the device, the batch or the number of threads.
+* anything else: a bound or a fast product finds the candidates, and they are decided in float64.
+  What is left to chance is a tie closer than float64 rounding.
 
-Ties go to the lowest index. No (n, K) matrix is ever held for all n.
+Ties go to the lowest index. No (n, K) matrix is ever held for all n. On a CPU most centroids are
+not measured at all (`prefix.py`); on a GPU, and where that does not pay, the whole matrix of scores
+is computed block by block (`dense.py`).
 """
 
-import contextlib
-from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from cache_builder.errors import ConfigError
+from cache_builder.tokenizers.dense import INTEGER_TYPES, FloatForm, IntegerForm, in_blocks
+from cache_builder.tokenizers.prefix import Plan, PrefixSearch, make_plan
 
-_SCORES_PER_BLOCK = 1 << 18  # 1 MiB of float32: a block stays in the cache of a core
-_CENTRE = 128  # uint8 minus this is exact in every floating type down to bf16
-# Products of two such values summed D times stay below 2**24, exact in float32, up to this D.
-_MAX_EXACT_DIM = (1 << 24) // _CENTRE**2 - 1
-_UNDERFLOW = torch.finfo(torch.float32).tiny  # what products of tiny values lose
+# Below these, preparing a bound costs more than it saves.
+_MIN_CENTROIDS = 256
+_MIN_DIM = 32
+_MIN_ROWS = 64
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
@@ -33,8 +34,8 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
     then agree.
 
     Args:
-        x: (n, D) uint8 or floating.
-        centroids: (K, D) uint8 or floating, on the same device.
+        x: (n, D) uint8, int16 or floating.
+        centroids: (K, D) uint8, int16 or floating, on the same device.
 
     Returns:
         (n,) int64, each in [0, K); an exact tie goes to the lowest index.
@@ -48,52 +49,118 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
 class CentroidIndex:
     """Centroids prepared for many calls of `assign`."""
 
-    def __init__(self, centroids: Tensor) -> None:
-        """Prepare (K, D) centroids, uint8 or floating.
+    def __init__(self, centroids: Tensor, *, like: Self | None = None) -> None:
+        """Prepare (K, D) centroids, uint8, int16 or floating.
+
+        Args:
+            centroids: Any device; rows must come on the same one.
+            like: An index of similar centroids, whose preparation is used again; it changes the
+                speed alone.
 
         Raises:
             ValueError: Not a matrix, empty, or not finite.
         """
         if centroids.ndim != 2 or not len(centroids):
             raise ValueError(f"centroids must be (K, D) with K > 0, not {tuple(centroids.shape)}")
+        if centroids.is_floating_point() and not centroids.isfinite().all():
+            raise ValueError("centroids hold NaN or infinity")
         self.centroids = centroids
-        self._integer = centroids.dtype == torch.uint8
-        self._integer_form = _IntegerForm(centroids) if self._integer else None
-        self._float_form: _FloatForm | None = None
-        if not self._integer:
-            self._float_form = _FloatForm(centroids)
+        self._plan: Plan | None = like._plan if like else None
+        self._dense: dict[bool, IntegerForm | FloatForm] = {}
+        self._searches: dict[torch.dtype, PrefixSearch | None] = {}
 
-    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def assign(self, x: Tensor, hints: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the nearest centroid of every row, and how far it is.
 
         Args:
-            x: (n, D) uint8 or floating.
+            x: (n, D) uint8, int16 or floating.
+            hints: (n,) int64, ids that are likely right. They change the speed alone.
 
         Returns:
-            Ids (n,) int64 and squared distances (n,): int64 when both sides are uint8, else
+            Ids (n,) int64 and squared distances (n,): int64 when both sides are integers, else
             float64.
 
         Raises:
             ValueError: The dimensions differ, or a value is not finite.
         """
-        num_centroids, dim = self.centroids.shape
+        self._check(x)
+        kind = self._kind(x)
+        search = self._search(x, kind)
+        if search is None:
+            return self._assign_dense(x)
+        ids, distances, _ = search.assign(x.to(kind).contiguous(), hints)
+        odd = ids < 0
+        if odd.any():
+            ids[odd], distances[odd] = self._assign_dense(x[odd])
+        return ids, distances
+
+    def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k nearest centroids of every row, nearest first.
+
+        Args:
+            x: (n, D) uint8, int16 or floating.
+            k: 1 to K.
+
+        Returns:
+            Ids (n, k) int64 and squared distances (n, k) as `assign` gives them; ties go to the
+            lowest index.
+
+        Raises:
+            ValueError: The dimensions differ, k is out of range, or a value is not finite.
+        """
+        self._check(x)
+        num_centroids = len(self.centroids)
+        if not 0 < k <= num_centroids:
+            raise ValueError(f"k must be 1 to {num_centroids:,}, not {k:,}")
+        form = self._dense_form(x)
+        ids = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+        distances = torch.empty(len(x), k, dtype=form.distance_dtype, device=x.device)
+        for rows, *found in in_blocks(lambda block: form.top_k(block, k), x, num_centroids):
+            ids[rows], distances[rows] = found
+        return ids, distances
+
+    def _check(self, x: Tensor) -> None:
+        dim = self.centroids.shape[1]
         if x.ndim != 2 or x.shape[1] != dim:
             raise ValueError(f"x must be (n, {dim}) to match the centroids, not {tuple(x.shape)}")
-        form: _IntegerForm | _FloatForm
-        if x.dtype == torch.uint8 and self._integer_form is not None:
-            form = self._integer_form
-        else:
-            if self._float_form is None:
-                self._float_form = _FloatForm(self.centroids)
-            form = self._float_form
+
+    def _kind(self, x: Tensor) -> torch.dtype:
+        """Return the type in which a bound is sought: exact for both sides, or none."""
+        types = {x.dtype, self.centroids.dtype}
+        if types <= {torch.uint8}:
+            return torch.uint8
+        if types <= set(INTEGER_TYPES):
+            return torch.int16
+        return torch.float64 if torch.float64 in types else torch.float32
+
+    def _search(self, x: Tensor, kind: torch.dtype) -> PrefixSearch | None:
+        """Return the search that pays for rows like x, None where the whole matrix does."""
+        if kind in self._searches:
+            return self._searches[kind]
+        num_centroids, dim = self.centroids.shape
+        small = num_centroids < _MIN_CENTROIDS or dim < _MIN_DIM or len(x) < _MIN_ROWS
+        if small or x.is_cuda or kind == torch.float64:
+            return None
+        centroids = self.centroids.to(kind).contiguous()
+        if self._plan is None:
+            self._plan = make_plan(centroids, x.to(kind))
+        pays = self._plan.prefix is not None
+        self._searches[kind] = PrefixSearch(centroids, self._plan) if pays else None
+        return self._searches[kind]
+
+    def _assign_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        form = self._dense_form(x)
         ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
         distances = torch.empty(len(x), dtype=form.distance_dtype, device=x.device)
-        step = max(64, _SCORES_PER_BLOCK // num_centroids)
-        with _full_precision():
-            for start in range(0, len(x), step):
-                block = slice(start, start + step)
-                ids[block], distances[block] = form.assign(x[block])
+        for rows, *found in in_blocks(form.assign, x, len(self.centroids)):
+            ids[rows], distances[rows] = found
         return ids, distances
+
+    def _dense_form(self, x: Tensor) -> IntegerForm | FloatForm:
+        exact = {x.dtype, self.centroids.dtype} <= set(INTEGER_TYPES)
+        if exact not in self._dense:
+            self._dense[exact] = (IntegerForm if exact else FloatForm)(self.centroids)
+        return self._dense[exact]
 
 
 class ResidualQuantizer:
@@ -104,17 +171,25 @@ class ResidualQuantizer:
 
     def __init__(self, centroids: Tensor) -> None:
         """Prepare (M, K, D) centroids."""
-        self._stages = [CentroidIndex(stage) for stage in centroids]
+        self.stages = [CentroidIndex(stage) for stage in centroids]
 
     def encode(self, x: Tensor) -> Tensor:
         """Return ids (n, M) int64 of (n, D) features."""
-        ids, _ = self._stages[0].assign(x)
-        columns = [ids]
+        columns: list[Tensor] = []
         residual = x
-        for previous, stage in zip(self._stages, self._stages[1:], strict=False):
-            residual = residual.float() - previous.centroids[columns[-1]].float()
+        for stage in self.stages:
+            if columns:
+                residual = self.residual(residual, len(columns) - 1, columns[-1])
             columns.append(stage.assign(residual)[0])
         return torch.stack(columns, 1)
+
+    def residual(self, x: Tensor, stage: int, ids: Tensor) -> Tensor:
+        """Return what a stage leaves over of its input: int16 of integers, else float32."""
+        centroids = self.stages[stage].centroids[ids]
+        dtype = torch.float32
+        if x.dtype in INTEGER_TYPES and centroids.dtype in INTEGER_TYPES:
+            dtype = torch.int16
+        return x.to(dtype) - centroids.to(dtype)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Return the features (..., D) that ids (..., M) stand for, float32.
@@ -122,7 +197,7 @@ class ResidualQuantizer:
         Raises:
             ConfigError: An id is out of range.
         """
-        num_centroids = len(self._stages[0].centroids)
+        num_centroids = len(self.stages[0].centroids)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_centroids:
             raise ConfigError(
                 f"Token ids {int(ids.min())}..{int(ids.max())} do not lie in "
@@ -130,87 +205,6 @@ class ResidualQuantizer:
             )
         parts = [
             stage.centroids[column].float()
-            for stage, column in zip(self._stages, ids.unbind(-1), strict=True)
+            for stage, column in zip(self.stages, ids.unbind(-1), strict=True)
         ]
         return torch.stack(parts).sum(0)
-
-
-class _IntegerForm:
-    """Exact distances of uint8 rows to uint8 centroids."""
-
-    distance_dtype = torch.int64
-
-    def __init__(self, centroids: Tensor) -> None:
-        small = centroids.shape[1] <= _MAX_EXACT_DIM
-        exact = torch.float32 if small else torch.float64
-        self._centred = (centroids.to(exact) - _CENTRE).T.contiguous()
-        # |c|^2 - 2 x.c passes 2**24, so the last step is done in integers.
-        self._integer = torch.int32 if small else torch.int64
-        self._norms = self._centred.to(torch.int64).square().sum(0).to(self._integer)
-
-    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        centred = x.to(self._centred.dtype) - _CENTRE
-        scores = self._norms - 2 * (centred @ self._centred).to(self._integer)
-        best, ids = scores.min(1)
-        # torch.min promises no order among equals; the first one is found in the rows that tie.
-        tied = (scores == best[:, None]).sum(1) > 1
-        if tied.any():
-            ids[tied] = (scores[tied] == best[tied, None]).to(torch.uint8).argmax(1)
-        norms = centred.to(torch.int64).square().sum(1)
-        return ids, best + norms
-
-
-class _FloatForm:
-    """Distances of floating rows, decided in float64 wherever float32 cannot."""
-
-    distance_dtype = torch.float64
-
-    def __init__(self, centroids: Tensor) -> None:
-        self._exact = centroids.to(torch.float64)
-        if not self._exact.isfinite().all():
-            raise ValueError("centroids hold NaN or infinity")
-        # Around their mean the vectors are shorter, so the expanded square cancels less.
-        self._mean = self._exact.mean(0)
-        centred = self._exact - self._mean
-        self._centred = centred.float().T.contiguous()
-        self._norms = centred.square().sum(1).float()
-        self._longest = float(centred.square().sum(1).max().sqrt())
-        # Rounding of a dot product of D terms, with room for that of the centring and the norm.
-        self._epsilon = (centroids.shape[1] + 16) * 2.0**-23
-
-    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        exact = x.to(torch.float64)
-        if not exact.isfinite().all():
-            raise ValueError("x holds NaN or infinity")
-        centred = (exact - self._mean).float()
-        scores = torch.addmm(self._norms, centred, self._centred, alpha=-2)
-        best, ids = scores.min(1)
-        margin = self._epsilon * (centred.norm(dim=1) + self._longest).square() + _UNDERFLOW
-        # "Not greater", because a score that has overflowed to NaN excludes no candidate.
-        rows, candidates = (~(scores > (best + 2 * margin)[:, None])).nonzero(as_tuple=True)
-        exact_of_pair = self._pair_distances(exact, rows, candidates)
-        distances = torch.full_like(best, torch.inf, dtype=torch.float64)
-        distances.scatter_reduce_(0, rows, exact_of_pair, "amin")
-        winners = exact_of_pair == distances[rows]
-        ids = torch.full_like(ids, len(self._exact))
-        ids.scatter_reduce_(0, rows[winners], candidates[winners], "amin")
-        return ids, distances
-
-    def _pair_distances(self, exact: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:
-        step = max(1, _SCORES_PER_BLOCK // exact.shape[1])
-        parts = [
-            (exact[r] - self._exact[c]).square().sum(1)
-            for r, c in zip(rows.split(step), candidates.split(step), strict=True)
-        ]
-        return torch.cat(parts) if parts else exact.new_empty(0)
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Forbid TF32 and bf16 products, which the margin does not cover."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

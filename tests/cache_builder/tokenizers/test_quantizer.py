@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from cache_builder.errors import ConfigError
 from cache_builder.tokenizers import CentroidIndex, nearest_centroid
+from cache_builder.tokenizers.dense import FloatForm
 from cache_builder.tokenizers.quantizer import ResidualQuantizer
 
 VECTORS = Path(__file__).parents[2] / "vectors"
@@ -19,8 +20,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 def brute_force(x, centroids):
     """The definition, written so that nobody can get it wrong."""
-    exact = np.int64 if x.dtype == centroids.dtype == np.uint8 else np.float64
+    exact = np.float64 if "f" in x.dtype.kind + centroids.dtype.kind else np.int64
     distances = np.array([np.square(row.astype(exact) - centroids).sum(1) for row in x])
+    distances = distances.reshape(len(x), len(centroids))
     return distances.argmin(1), distances.min(1)
 
 
@@ -145,7 +147,7 @@ def test_blocks_do_not_change_the_answer(dtype, monkeypatch):
     rng = np.random.default_rng(6)
     x, centroids = (bytes_of(rng, n, 6).astype(dtype) for n in (1000, 100))
     whole = nearest_centroid(torch.from_numpy(x), torch.from_numpy(centroids))
-    monkeypatch.setattr("cache_builder.tokenizers.quantizer._SCORES_PER_BLOCK", 1000)
+    monkeypatch.setattr("cache_builder.tokenizers.dense._SCORES_PER_BLOCK", 1000)
     assert torch.equal(nearest_centroid(torch.from_numpy(x), torch.from_numpy(centroids)), whole)
     one_by_one = [nearest_centroid(torch.from_numpy(row[None]), torch.from_numpy(centroids))
                   for row in x[:50]]  # fmt: skip
@@ -222,6 +224,59 @@ def residual_by_hand(x, stages):
             left = left - centroids[ids[-1]]
         rows.append(ids)
     return np.array(rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [1, 2, 40])
+@pytest.mark.parametrize("kinds", ["bb", "hh", "bh", "ff", "bf"])
+def test_the_k_nearest_come_in_order_and_ties_go_to_the_lowest_index(device, kinds, k):
+    rng = np.random.default_rng(9)
+    types = {"b": np.uint8, "h": np.int16, "f": np.float32}
+    x, centroids = (
+        rng.integers(0, 4, (n, 5)).astype(types[kind])
+        for n, kind in zip((60, 40), kinds, strict=True)
+    )
+    index = CentroidIndex(torch.from_numpy(centroids).to(device))
+    ids, distances = index.top_k(torch.from_numpy(x).to(device), k)
+    every = np.square(x[:, None].astype(np.float64) - centroids).sum(2)
+    expected = every.argsort(1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(ids.cpu(), expected)
+    np.testing.assert_array_equal(distances.cpu(), np.take_along_axis(every, expected, 1))
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_more_neighbours_than_centroids_are_refused(k):
+    with pytest.raises(ValueError, match=f"k must be 1 to 4, not {k}"):
+        CentroidIndex(torch.zeros(4, 2)).top_k(torch.zeros(1, 2), k)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1, 1e20])
+def test_rounding_the_inputs_of_the_product_to_float16_changes_no_answer(scale):
+    # What a GPU does; the margin must cover it.
+    rng = np.random.default_rng(10)
+    centroids = (rng.normal(size=(200, 24)) * scale).astype(np.float32)
+    near = centroids[rng.integers(0, 200, 300)] * (1 + 1e-3 * rng.normal(size=(300, 24)))
+    far = 100 * scale * rng.normal(size=(20, 24))
+    x = np.concatenate([near, far]).astype(np.float32)
+    form = FloatForm(torch.from_numpy(centroids), half=True)
+    ids, distances = form.assign(torch.from_numpy(x))
+    expected_ids, expected_distances = brute_force(x, centroids)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-12)
+
+
+def test_integer_residuals_stay_exact_integers():
+    rng = np.random.default_rng(11)
+    x = torch.from_numpy(bytes_of(rng, 100, 6))
+    first = torch.from_numpy(bytes_of(rng, 5, 6)).to(torch.int16)
+    second = torch.from_numpy(rng.integers(-255, 256, (5, 6)).astype(np.int16))
+    quantizer = ResidualQuantizer(torch.stack([first, second]))
+    ids = quantizer.encode(x)
+    expected, _ = brute_force(x.numpy(), first.numpy())
+    np.testing.assert_array_equal(ids[:, 0], expected)
+    left = x.numpy().astype(np.int16) - first.numpy()[expected]
+    np.testing.assert_array_equal(ids[:, 1], brute_force(left, second.numpy())[0])
+    assert quantizer.residual(x, 0, ids[:, 0]).dtype == torch.int16
 
 
 def test_residual_stages_quantise_what_is_left_over():

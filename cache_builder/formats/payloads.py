@@ -69,7 +69,7 @@ class SoftTotals(BaseModel, frozen=True, extra="forbid"):
     num_patches: int = Field(gt=0)
     perplexity: float = Field(description="of a patch's k probabilities, mean")
     mass: float = Field(
-        description="share of the softmax over all K that the k hold, mean of one patch in 16"
+        description="share of the softmax over all K that the k hold, mean of one patch in 61"
     )
 
 

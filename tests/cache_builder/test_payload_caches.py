@@ -339,8 +339,9 @@ def test_features_that_cannot_be_stored_end_the_build_in_one_line(
     centroids = np.random.default_rng(0).normal(size=(1, 16, 128)).astype(np.float32)
     codebook = factories.feature_codebook(features, centroids=centroids, objective=(1.0,))
     codebook.save(tmp_path / "codebook.safetensors")
+    soft = {} if store_features else {"soft_top_k": None, "soft_temperature": None}
     with pytest.raises(ConfigError, match=message):
-        make(store_features=store_features)
+        make(store_features=store_features, **soft)
     if store_features == "float16":
         assert samples_of(make(out="int8", store_features="int8"))
 

@@ -106,7 +106,7 @@ def test_soft_targets_are_those_of_the_definition(tokenizer):
     entropy = -(renormalised * np.log(renormalised.clip(1e-300))).sum(-1)
     assert totals.perplexity == pytest.approx(np.exp(entropy).mean(), rel=1e-5)
     assert 1.05 < totals.perplexity < 4.95
-    masses = kept.sum(-1).ravel()[::16]
+    masses = kept.sum(-1).ravel()[::61]
     assert totals.mass == pytest.approx(masses.mean(), rel=1e-5)
     assert (totals.bytes, totals.num_patches) == (7, entropy.size)
 

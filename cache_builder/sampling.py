@@ -1,0 +1,431 @@
+"""Which images and patches a codebook is fitted to, and their features on disk.
+
+Every image has a priority, a hash of the seed and its key, and those with the smallest priorities
+are taken. The smallest of several lists are the smallest of the smallest of each, so the choice
+depends neither on how a source is cut into units nor on the order of anything. One image in twenty
+is held out: it is never fitted, and quality is measured on it.
+
+Workers extract the features of a unit and send them back; the driver writes them, so the workers
+need no disk in common with it. The store is a folder:
+
+    sample.json                 what was asked for; another question to the same folder is refused
+    000000.npy                  points of a unit (n, D): uint8 pixels, or float16 or float32
+    000000.held_out.npy         likewise, of its images that are held out
+    000000.json                 written last: counts and digests. A unit with it is not done again
+"""
+
+import hashlib
+import heapq
+import json
+import logging
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, JsonValue, ValidationError
+from torch import Tensor
+
+from cache_builder import files
+from cache_builder.errors import ConfigError, ImageError, SourceError
+from cache_builder.formats.codebook import ExtractorSpec, PixelRule
+from cache_builder.formats.manifest import PlanRow, PlanUnit
+from cache_builder.formats.sample import npy_bytes
+from cache_builder.formats.views import centre_square
+from cache_builder.imaging import apply_view, decode
+from cache_builder.points import PointSet
+from cache_builder.prefetch import read_ahead
+from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.sources import Listing, open_source
+from cache_builder.tokenizers.features import FeatureExtractor, extract_features, load_extractor
+from cache_builder.tokenizers.tokenizer import choose_device
+
+logger = logging.getLogger(__name__)
+
+SampleDtype = Literal["float16", "float32"]
+
+_MIN_PATCHES_PER_IMAGE = 16  # diversity comes from images, not from their patches
+_HELD_OUT_SHARE = 20  # one image in this many
+_IMAGES_PER_BATCH = 16
+_BATCHES_AHEAD = 2
+_PLAN_NAME = "sample.json"
+
+
+class SampleOptions(NamedTuple):
+    """Which patches to draw, and where to keep them."""
+
+    budget: int | None  # patches; None: no limit
+    images_per_class: int | None = None
+    patches_per_image: int | None = None
+    dtype: SampleDtype = "float16"  # of features; pixels are uint8
+    seed: int = 0
+    device: str = "auto"
+    cluster: ClusterOptions = ClusterOptions()
+
+
+class Sample(NamedTuple):
+    """The sampled patches of all units, in the order of the units."""
+
+    points: PointSet
+    held_out: PointSet
+    num_images: int  # that the points come from
+    num_skipped: int
+    num_units_kept: int  # that were in the store already
+
+
+class UnitDraw(NamedTuple):
+    """The images to sample of one unit."""
+
+    unit: PlanUnit
+    num_patches: tuple[int, ...]  # of every row
+    held_out: tuple[bool, ...]
+
+
+class UnitSample(NamedTuple):
+    """The sampled patches of one unit."""
+
+    unit: int
+    points: NDArray[np.generic]  # (n, D)
+    held_out: NDArray[np.generic]
+    num_images: int  # that the points come from
+    num_skipped: int
+
+
+class UnitSampleRecord(BaseModel, frozen=True, extra="forbid"):
+    """`NNNNNN.json` of a store: the unit's arrays are whole."""
+
+    num_images: int
+    num_skipped: int
+    sha256: str
+    held_out_sha256: str
+
+
+def held_out_keys(keys: Sequence[str], seed: int) -> frozenset[str]:
+    """Return the keys that no fit with this seed learns from: one in twenty, rounded down."""
+    return frozenset(smallest(keys, len(keys) // _HELD_OUT_SHARE, seed))
+
+
+def smallest(keys: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return the `count` keys of smallest priority, smallest first; equal ones by name."""
+    ranked = heapq.nsmallest(count, ((_priority(seed, "image", key), key) for key in keys))
+    return [key for _, key in ranked]
+
+
+def plan_draw(listing: Listing, rule: PixelRule, options: SampleOptions) -> list[UnitDraw]:
+    """Choose images and the number of patches of each.
+
+    Args:
+        listing: Of the source.
+        rule: Its grid says how many patches an image has.
+        options: With `images_per_class`, so many of each class and all their patches, as CCViT
+            does; else as many images as give `budget` patches at `patches_per_image` (16 or more)
+            each. The budget is met to the patch as long as there are images enough.
+
+    Raises:
+        ConfigError: Images per class were asked for where there are no classes.
+    """
+    labels = {row.key: row.label for unit in listing.units for row in unit.rows}
+    grid_patches = rule.grid[0] * rule.grid[1]
+    held_out = held_out_keys(list(labels), options.seed)
+    free = [key for key in labels if key not in held_out]
+    if options.images_per_class is not None:
+        fitted = _smallest_of_each_class(free, labels, options)
+        most = options.patches_per_image or grid_patches
+    else:
+        most = options.patches_per_image or min(grid_patches, _MIN_PATCHES_PER_IMAGE)
+        wanted = len(free) if options.budget is None else -(-options.budget // most)
+        fitted = smallest(free, min(wanted, len(free)), options.seed)
+        if options.patches_per_image is None:
+            most = grid_patches  # too few images: more patches of each
+    most = min(most, grid_patches)
+    budget = len(fitted) * most if options.budget is None else options.budget
+    budget = min(budget, len(fitted) * most)
+    each, rest = divmod(budget, max(len(fitted), 1))
+    counts = {key: each + (rank < rest) for rank, key in enumerate(fitted)}
+    num_checked = min(len(held_out), -(-len(fitted) // _HELD_OUT_SHARE))
+    checked = smallest(held_out, num_checked, options.seed)
+    counts |= {key: max(each, 1) for key in checked}
+    return list(_draws_of_units(listing, counts, held_out))
+
+
+def draw_sample(
+    listing: Listing,
+    extractor: FeatureExtractor,
+    options: SampleOptions,
+    store: Path,
+    *,
+    replace: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sample:
+    """Extract the features of the chosen patches into `store`, or what of them is missing there.
+
+    Args:
+        listing: Of the source.
+        extractor: Of the features.
+        options: What to draw.
+        store: A folder, made if it is not there.
+        replace: Begin anew where the store belongs to another sample; else that is an error.
+        progress: Told of sampled images, done and all.
+
+    Raises:
+        ConfigError: The store belongs to another sample, or features do not fit its type.
+        SourceError: An image cannot be read, or none can be decoded.
+    """
+    draws = plan_draw(listing, extractor.pixel_rule, options)
+    _settle_store(store, _question(listing, extractor, options, draws), replace=replace)
+    num_wanted = sum(len(draw.unit.rows) for draw in draws)
+    records = {draw.unit.unit: _whole_unit(store, draw.unit.unit) for draw in draws}
+    missing = [draw for draw in draws if records[draw.unit.unit] is None]
+    num_seen = {draw.unit.unit: len(draw.unit.rows) for draw in draws}
+    num_done = num_wanted - sum(len(draw.unit.rows) for draw in missing)
+    if progress and num_done:
+        progress(num_done, num_wanted)
+    worker = partial(
+        SampleWorker,
+        listing.info.location,
+        extractor.spec,
+        extractor.pixel_rule,
+        options.device,
+        options.dtype,
+        options.seed,
+    )
+    for sample in map_units(worker, missing, options.cluster) if missing else ():
+        records[sample.unit] = _write_unit(store, sample)
+        num_done += num_seen[sample.unit]
+        if progress:
+            progress(num_done, num_wanted)
+    whole = {unit: record for unit, record in records.items() if record}
+    return Sample(
+        points=PointSet([_array(store, unit, held_out=False) for unit in whole]),
+        held_out=PointSet([_array(store, unit, held_out=True) for unit in whole]),
+        num_images=sum(record.num_images for record in whole.values()),
+        num_skipped=sum(record.num_skipped for record in whole.values()),
+        num_units_kept=len(draws) - len(missing),
+    )
+
+
+class SampleWorker:
+    """Samples patch features of units, in a process of its own."""
+
+    def __init__(
+        self,
+        images: str,
+        spec: ExtractorSpec,
+        rule: PixelRule,
+        device: str,
+        dtype: SampleDtype,
+        seed: int,
+    ) -> None:
+        """Load the feature model."""
+        self._source = open_source(images)
+        self._extractor = load_extractor(spec, rule, choose_device(device))
+        self._dtype = np.dtype(np.uint8 if spec.id == "pixel" else dtype)
+        self._seed = seed
+
+    def run(self, draw: UnitDraw) -> UnitSample:
+        """Return the sampled features of one unit; an image that cannot be decoded is skipped."""
+        chosen = {
+            row.key: (num_patches, held_out)
+            for row, num_patches, held_out in zip(
+                draw.unit.rows, draw.num_patches, draw.held_out, strict=True
+            )
+        }
+        parts: dict[bool, list[NDArray[np.generic]]] = {False: [], True: []}
+        num_images, num_decoded, dim = 0, 0, 0
+        for batch in read_ahead(self._batches(draw.unit), _BATCHES_AHEAD):
+            pixels = torch.stack([view for _, view in batch])
+            features = extract_features(self._extractor, pixels).cpu()
+            dim = features.shape[-1]
+            for (row, _), patches in zip(batch, features, strict=True):
+                num_patches, held_out = chosen[row.key]
+                rng = random.Random(_priority(self._seed, "patches", row.key))
+                rows = sorted(rng.sample(range(len(patches)), num_patches))
+                parts[held_out].append(_stored(patches[rows], self._dtype, row))
+                num_images += not held_out
+                num_decoded += 1
+        empty = np.empty((0, dim), self._dtype)
+        return UnitSample(
+            unit=draw.unit.unit,
+            points=np.concatenate([empty, *parts[False]]),
+            held_out=np.concatenate([empty, *parts[True]]),
+            num_images=num_images,
+            num_skipped=len(chosen) - num_decoded,
+        )
+
+    def _batches(self, unit: PlanUnit) -> Iterator[list[tuple[PlanRow, Tensor]]]:
+        """Yield decoded centre squares."""
+        rule = self._extractor.pixel_rule
+        batch = []
+        for row, data in self._source.read(unit):
+            try:
+                pixels = decode(data)
+            except ImageError as exc:
+                logger.warning("left out %s: %s", row.source, exc)
+                continue
+            view = centre_square((int(pixels.shape[-2]), int(pixels.shape[-1])))
+            batch.append((row, apply_view(pixels, view, rule.size, rule.interpolation)))
+            if len(batch) == _IMAGES_PER_BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _smallest_of_each_class(
+    keys: Iterable[str], labels: dict[str, int | None], options: SampleOptions
+) -> list[str]:
+    members: dict[int, list[str]] = defaultdict(list)
+    for key in keys:
+        label = labels[key]
+        if label is None:
+            raise ConfigError(
+                f"--images-per-class needs a class for every image, but {key} has none. "
+                "Use a folder with a subfolder per class, or leave it out."
+            )
+        members[label].append(key)
+    count = options.images_per_class or 0
+    chosen = [key for label in members for key in smallest(members[label], count, options.seed)]
+    return smallest(chosen, len(chosen), options.seed)
+
+
+def _draws_of_units(
+    listing: Listing, counts: dict[str, int], held_out: frozenset[str]
+) -> Iterator[UnitDraw]:
+    for unit in listing.units:
+        rows = tuple(row for row in unit.rows if counts.get(row.key))
+        if rows:
+            yield UnitDraw(
+                unit.model_copy(update={"rows": rows}),
+                tuple(counts[row.key] for row in rows),
+                tuple(row.key in held_out for row in rows),
+            )
+
+
+def _stored(features: Tensor, dtype: np.dtype[np.generic], row: PlanRow) -> NDArray[np.generic]:
+    """Return features in the type of the store.
+
+    Raises:
+        ConfigError: They are not finite, or too large for float16.
+    """
+    if dtype == np.uint8:
+        pixels: NDArray[np.generic] = features.numpy()
+        return pixels
+    if not features.isfinite().all():
+        raise ConfigError(
+            f"The features of {row.source} hold NaN or infinity. Check the model and its weights."
+        )
+    largest = float(features.abs().max())
+    if dtype == np.float16 and largest > np.finfo(np.float16).max:
+        raise ConfigError(
+            f"The features of {row.source} reach {largest:,.0f}, too much for float16. "
+            "Use --sample-dtype float32."
+        )
+    stored: NDArray[np.generic] = features.numpy().astype(dtype)
+    return stored
+
+
+def _question(
+    listing: Listing, extractor: FeatureExtractor, options: SampleOptions, draws: list[UnitDraw]
+) -> dict[str, JsonValue]:
+    """Return everything that the content of a store depends on."""
+    digest = hashlib.sha256()
+    for draw in draws:
+        rows = [[row.key, row.source] for row in draw.unit.rows]
+        digest.update(files.canonical_json([rows, draw.num_patches, draw.held_out]))
+    is_pixel = extractor.spec.id == "pixel"
+    return {
+        "images": listing.info.location,
+        "extractor": extractor.spec.identity(),
+        "pixel_rule": extractor.pixel_rule.model_dump(mode="json"),
+        "dtype": "uint8" if is_pixel else options.dtype,
+        "num_images": sum(len(draw.unit.rows) for draw in draws),
+        "num_patches": sum(sum(draw.num_patches) for draw in draws),
+        "draw": digest.hexdigest(),
+    }
+
+
+def _settle_store(store: Path, question: dict[str, JsonValue], *, replace: bool) -> None:
+    """Make the store, or make sure that it belongs to this sample."""
+    path = store / _PLAN_NAME
+    if path.is_file():
+        try:
+            before = json.loads(path.read_bytes())
+        except ValueError:
+            before = {}
+        changed = [name for name in question if before.get(name) != question[name]]
+        if not changed:
+            return
+        if not replace:
+            differences = "; ".join(
+                f"{name} was {json.dumps(before.get(name))}, is {json.dumps(question[name])}"
+                for name in changed
+            )
+            raise ConfigError(
+                f"{store} holds another sample: {differences}. "
+                "Use another --sample-dir, or delete this one."
+            )
+        shutil.rmtree(store)
+    elif store.is_dir() and any(store.iterdir()):
+        raise ConfigError(
+            f"{store} holds files but no {_PLAN_NAME}: it is not a sample. Use another --sample-dir."
+        )
+    files.publish(path, files.canonical_json(question))
+
+
+def _write_unit(store: Path, sample: UnitSample) -> UnitSampleRecord:
+    digests = []
+    for held_out, array in ((False, sample.points), (True, sample.held_out)):
+        data = npy_bytes(array)
+        files.publish(_array_path(store, sample.unit, held_out=held_out), data)
+        digests.append(files.sha256_bytes(data))
+    record = UnitSampleRecord(
+        num_images=sample.num_images,
+        num_skipped=sample.num_skipped,
+        sha256=digests[0],
+        held_out_sha256=digests[1],
+    )
+    text = files.canonical_json(record.model_dump(mode="json"))
+    files.publish(store / f"{sample.unit:06d}.json", text)
+    return record
+
+
+def _whole_unit(store: Path, unit: int) -> UnitSampleRecord | None:
+    """Return a unit's record if its arrays are undamaged."""
+    try:
+        text = (store / f"{unit:06d}.json").read_bytes()
+        record = UnitSampleRecord.model_validate_json(text)
+        found = [
+            files.sha256_file(_array_path(store, unit, held_out=held_out))
+            for held_out in (False, True)
+        ]
+    except (FileNotFoundError, ValidationError):
+        return None
+    return record if found == [record.sha256, record.held_out_sha256] else None
+
+
+def _array_path(store: Path, unit: int, *, held_out: bool) -> Path:
+    return store / (f"{unit:06d}.held_out.npy" if held_out else f"{unit:06d}.npy")
+
+
+def _array(store: Path, unit: int, *, held_out: bool) -> NDArray[np.generic]:
+    path = _array_path(store, unit, held_out=held_out)
+    array: NDArray[np.generic] = np.load(path, mmap_mode="r" if _has_rows(path) else None)
+    return array
+
+
+def _has_rows(path: Path) -> bool:
+    """Say whether a .npy file holds anything; what holds nothing cannot be mapped."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    return bool(np.prod(shape))
+
+
+def _priority(seed: int, purpose: str, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()[:8])

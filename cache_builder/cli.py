@@ -10,14 +10,29 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cache_builder import __version__
+from cache_builder.cli_options import (
+    Device,
+    GpusPerWorker,
+    Images,
+    Json,
+    RayAddress,
+    Weights,
+    Workers,
+    model_args,
+    number_or_all,
+    pair,
+    triple,
+)
 from cache_builder.errors import ConfigError, PatchCacheError
+
+if TYPE_CHECKING:
+    from cache_builder.appraisal import AppraisalOptions
 
 app = typer.Typer(
     name="patchcache",
@@ -26,29 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Images = Annotated[
-    str,
-    typer.Option(
-        help="A folder with a subfolder per class, a flat folder, or WebDataset tars "
-        "(`train-{000..146}.tar`)."
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(help="Run on this Ray cluster; by default on this machine's cores."),
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Ray actors; by default one per CPU of the cluster.")
-]
-GpusPerWorker = Annotated[float, typer.Option(min=0, help="GPU share of each actor.")]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="Weights file of the feature model, if it is not where the codebook says."),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -101,16 +93,42 @@ def fit(
         Literal["pretrained", "random"], typer.Option(help="`random` needs an explicit --seed.")
     ] = "pretrained",
     metric: Annotated[Literal["l2", "cosine"], typer.Option(help="Distance of features.")] = "l2",
+    stages: Annotated[
+        int, typer.Option(min=1, help="Codes per patch: each quantises what is left over.")
+    ] = 1,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Patches to fit to; default 256 per centroid.")
+        str | None, typer.Option(help="Patches to fit to, or all; default 256 per centroid.")
     ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Most k-means iterations.")] = 20,
+    images_per_class: Annotated[
+        int | None, typer.Option(min=1, help="Sample so many images of each class, whole.")
+    ] = None,
+    patches_per_image: Annotated[
+        int | None, typer.Option(min=1, help="Sample so many patches of an image; default 16.")
+    ] = None,
+    sample_dir: Annotated[
+        Path | None, typer.Option(help="Keep the sample here, for fits with another -k.")
+    ] = None,
+    sample_dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="Of sampled features on disk.")
+    ] = "float16",
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Most k-means iterations, or mini-batches.")
+    ] = 20,
     restarts: Annotated[int, typer.Option(min=1, help="Fits, of which the best is kept.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Mini-batch k-means, so many patches at a time.")
+    ] = None,
+    warm_start: Annotated[
+        Path | None, typer.Option(help="Start from the centroids of this codebook.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random choice; default 0.")] = None,
     device: Device = "auto",
     ray_address: RayAddress = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0,
+    fit_workers: Annotated[
+        int | None, typer.Option(min=1, help="Spread k-means over so many Ray actors.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit a codebook to the patches of images.
@@ -129,12 +147,12 @@ def fit(
         image_size=image_size,
         patch_size=patch_size,
         layer=layer,
-        mean=_triple("--mean", mean),
-        std=_triple("--std", std),
-        model_args=_model_args(features_arg),
+        mean=triple("--mean", mean),
+        std=triple("--std", std),
+        model_args=model_args(features_arg),
         random_weights_seed=seed if weights == "random" else None,
     )
-    with FitProgress(iterations * restarts) as progress:
+    with FitProgress(iterations * restarts * stages) as progress:
         summary = job.run(
             job.FitOptions(
                 images=images,
@@ -142,12 +160,20 @@ def fit(
                 k=k,
                 features=feature_options,
                 metric=metric,
-                sample=sample,
+                stages=stages,
+                sample=number_or_all("--sample", sample),
+                images_per_class=images_per_class,
+                patches_per_image=patches_per_image,
+                sample_dir=sample_dir,
+                sample_dtype=sample_dtype,
                 iterations=iterations,
                 restarts=restarts,
+                batch_size=batch_size,
+                warm_start=warm_start,
                 seed=seed or 0,
                 device=device,
                 cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+                fit_workers=fit_workers,
             ),
             job.Progress(progress.sampled, progress.iterated),
         )
@@ -217,8 +243,8 @@ def build(
                 codebook=codebook,
                 out=out,
                 num_views=views,
-                scale=_pair("--scale", scale),
-                ratio=_pair("--ratio", ratio),
+                scale=pair("--scale", scale),
+                ratio=pair("--ratio", ratio),
                 hflip=hflip,
                 seed=seed,
                 layout=layout,
@@ -280,14 +306,33 @@ def verify(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A codebook, cache, shard or checkpoint.")],
+    images: Annotated[
+        str | None,
+        typer.Option(help="Measure a codebook on these images, or on what the fit held out."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="With --images: also write a page with pictures, .html.")
+    ] = None,
+    max_images: Annotated[
+        int, typer.Option(min=1, help="With --images: look at so many, chosen by key.")
+    ] = 1000,
+    device: Device = "auto",
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a codebook, a cache, a shard or a checkpoint holds.
+    """Show what a codebook, a cache, a shard or a checkpoint holds, or what a codebook is worth.
 
-    Example: `patchcache inspect cache/`
+    Example: `patchcache inspect codebook.safetensors --images photos/ --page codebook.html`
     """
+    if images is not None:
+        from cache_builder.appraisal import AppraisalOptions
+
+        _appraise(AppraisalOptions(path, images, max_images, device, weights), page, as_json)
+        return
     from cache_builder.console import print_description
 
+    if page is not None:
+        raise ConfigError("--page shows a codebook at work and needs --images.")
     if path.suffix == ".pt":
         from trainer import checkpoint
 
@@ -300,6 +345,22 @@ def inspect(
         _print_json(description)
     else:
         print_description(description)
+
+
+def _appraise(options: "AppraisalOptions", page: Path | None, as_json: bool) -> None:
+    from cache_builder import appraisal as job
+    from cache_builder import codebook_page
+    from cache_builder.appraisal_table import appraisal_result
+    from cache_builder.console import Steps, print_appraisal
+
+    with Steps("measuring", "images") as progress:
+        appraisal = job.run(options, progress.update)
+    if page is not None:
+        codebook_page.write(page, appraisal, options.codebook.name)
+    if as_json:
+        _print_json(appraisal_result(appraisal))
+    else:
+        print_appraisal(appraisal, page)
 
 
 @app.command()
@@ -452,41 +513,6 @@ def _print_json(value: Any) -> None:
 
 def _print_lines(*lines: str) -> None:
     print("\n".join(lines))
-
-
-def _numbers(option: str, text: str, count: int) -> list[float]:
-    try:
-        values = [float(Fraction(part.strip())) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
-        values = []
-    if len(values) != count:
-        raise ConfigError(f"{option} takes {count} numbers with commas between, not {text!r}.")
-    return values
-
-
-def _pair(option: str, text: str) -> tuple[float, float]:
-    low, high = _numbers(option, text, 2)
-    return low, high
-
-
-def _triple(option: str, text: str | None) -> tuple[float, float, float] | None:
-    if text is None:
-        return None
-    red, green, blue = _numbers(option, text, 3)
-    return red, green, blue
-
-
-def _model_args(assignments: list[str] | None) -> dict[str, Any]:
-    args = {}
-    for assignment in assignments or []:
-        name, equals, text = assignment.partition("=")
-        if not name or not equals:
-            raise ConfigError(f"--features-arg takes NAME=VALUE, not {assignment!r}.")
-        try:
-            args[name] = json.loads(text)
-        except ValueError:
-            args[name] = text
-    return args
 
 
 if __name__ == "__main__":

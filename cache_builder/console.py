@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cache_builder.appraisal import Appraisal
     from cache_builder.build import BuildSummary, UnitReport
     from cache_builder.fit import FitSummary
     from cache_builder.formats import CacheManifest
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from trainer.train import TrainSummary
 
 _SECONDS_BETWEEN_LINES = 5.0
+_MAX_SKIPPED_LINES = 10
 
 
 class Steps:
@@ -164,9 +166,21 @@ def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
         f"usage        {summary.usage.num_used:,} centroids used, "
         f"perplexity {summary.usage.perplexity:,.0f}",
     ]
-    if summary.held_out_mse is not None:
-        psnr = f", PSNR {summary.held_out_psnr:.2f} dB" if summary.held_out_psnr else ""
-        lines.append(f"held out     MSE {summary.held_out_mse:.4g}{psnr}")
+    for number, stage in enumerate(summary.held_out, 1):
+        last = number == len(summary.held_out)
+        psnr = f", PSNR {summary.held_out_psnr:.2f} dB" if last and summary.held_out_psnr else ""
+        stages = (
+            f"{number} of {len(summary.held_out)} stages: " if len(summary.held_out) > 1 else ""
+        )
+        lines.append(
+            f"held out     {stages}MSE {stage.mse:.4g}{psnr}, cosine {stage.cosine:.4f}, "
+            f"relative error {stage.relative_error:.3f}"
+        )
+    if summary.sample_dir:
+        lines.append(
+            f"sample       {summary.sample_dir}, kept: a fit with another -k, these settings and "
+            f"--sample {header.fit['sample'] or header.num_points} reads no image"
+        )
     if summary.num_skipped:
         lines.append(f"left out     {summary.num_skipped:,} images that could not be decoded")
     lines.append(
@@ -287,6 +301,27 @@ def print_description(description: dict[str, JsonValue]) -> None:
     Console().print(table)
 
 
+def print_appraisal(appraisal: "Appraisal", page: Path | None) -> None:
+    """Print what a codebook is worth as a table on stdout."""
+    from cache_builder.appraisal_table import measures, picked_text, warnings
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("measure", style="bold")
+    table.add_column("value", justify="right")
+    table.add_column("beside", overflow="fold")
+    for measure in measures(appraisal):
+        table.add_row(measure.name, measure.value, measure.beside)
+    console = Console(markup=False, highlight=False)
+    console.print(f"images       {picked_text(appraisal)}")
+    console.print(table)
+    for warning in warnings(appraisal):
+        console.print(f"limit        {warning}")
+    for skipped in appraisal.skipped[:_MAX_SKIPPED_LINES]:
+        console.print(f"left out     {skipped.source}: {skipped.reason}")
+    if page:
+        console.print(f"page         {page}")
+
+
 def size_text(num_bytes: float) -> str:
     """Return a size as a person reads it: 1.5 MB, powers of ten."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -300,6 +335,9 @@ def _flatten(prefix: str, value: JsonValue) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _flatten(f"{prefix}.{name}".lstrip("."), inner)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value, 1):
+            yield from _flatten(f"{prefix}.{number}", item)
     elif isinstance(value, list):
         yield prefix, ", ".join(_text(item) for item in value) or "-"
     else:

@@ -8,6 +8,7 @@
     |   +-- FormatVersionError   it was written by a newer patchcache: upgrade
     +-- TokenizerMismatchError   two fingerprints differ: tokens of two tokenizers would mix
     +-- ImageError               one image cannot be decoded: the build records it and goes on
+    +-- WorkerLostError          a process that held part of the work died: run again
     +-- NotFiniteError           training diverged: the message names the batch
 
 Anything else that escapes is a bug of ours and keeps its traceback.
@@ -44,6 +45,10 @@ class TokenizerMismatchError(PatchCacheError):
 
 class ImageError(PatchCacheError):
     """One image cannot be decoded or tokenised; the message is the reason."""
+
+
+class WorkerLostError(PatchCacheError):
+    """A worker process died with what it held."""
 
 
 class NotFiniteError(PatchCacheError):

@@ -1,18 +1,21 @@
 """`patchcache fit`: fit a codebook to the patches of a source.
 
-Which images and which of their patches are sampled depends on the seed and the sample keys alone,
-so the codebook does not depend on the number of workers. Every sampled image is cut to its
-largest centred square, as CCViT and MaPeT do. One image in twenty is held out of the fit, and the
-quality that is reported is measured on those.
+A sample of patch features is drawn (`sampling.py`) and kept on disk until the codebook is written,
+so a fit that was stopped goes on with what it has. Then the stages are fitted, one to what the
+ones before it leave over (`kmeans.py`), and measured on images that were held out.
+
+Which images and patches are sampled depends on the seed and the sample keys alone, and the fit on
+the sample, so a codebook does not depend on the number of workers. Every sampled image is cut to
+its largest centred square, as CCViT and MaPeT do.
 """
 
-import hashlib
+import contextlib
 import logging
-import random
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,36 +23,24 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cache_builder import __version__
-from cache_builder.errors import ConfigError, ImageError, SourceError
-from cache_builder.formats.codebook import (
-    MAX_VOCAB_SIZE,
-    Codebook,
-    ExtractorSpec,
-    Metric,
-    PixelRule,
-)
-from cache_builder.formats.manifest import PlanRow, PlanUnit
-from cache_builder.formats.views import centre_square
-from cache_builder.imaging import apply_view, decode
+from cache_builder.errors import ConfigError, SourceError
+from cache_builder.formats.codebook import MAX_VOCAB_SIZE, Codebook, Metric
 from cache_builder.kmeans import Fit, fit_centroids
+from cache_builder.point_shards import RemoteShard, ShardedPoints, pieces
+from cache_builder.points import PointSet
 from cache_builder.quality import Usage, psnr, usage
-from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.ray_jobs import ClusterOptions, actor_group
+from cache_builder.sampling import Sample, SampleDtype, SampleOptions, draw_sample
 from cache_builder.sources import Listing, open_source
-from cache_builder.tokenizers.features import (
-    FeatureExtractor,
-    FeatureOptions,
-    load_extractor,
-    make_extractor,
-)
-from cache_builder.tokenizers.quantizer import CentroidIndex
+from cache_builder.targets import fidelity
+from cache_builder.tokenizers.features import FeatureExtractor, FeatureOptions, make_extractor
+from cache_builder.tokenizers.quantizer import ResidualQuantizer
 from cache_builder.tokenizers.tokenizer import choose_device
 
 logger = logging.getLogger(__name__)
 
 POINTS_PER_CENTROID = 256  # of the default sample
-_MIN_PATCHES_PER_IMAGE = 16  # diversity comes from images, not from their patches
-_HELD_OUT_SHARE = 20  # one image in this many
-_IMAGES_PER_BATCH = 16
+_ROWS_PER_BLOCK = 4096
 
 
 class FitOptions(NamedTuple):
@@ -60,22 +51,39 @@ class FitOptions(NamedTuple):
     k: int
     features: FeatureOptions
     metric: Metric = "l2"
-    sample: int | None = None  # patches; None: 256 per centroid
+    stages: int = 1
+    sample: int | Literal["all"] | None = None  # patches; None: 256 per centroid
+    images_per_class: int | None = None
+    patches_per_image: int | None = None
+    sample_dir: Path | None = None
+    sample_dtype: SampleDtype = "float16"
     iterations: int = 20
     restarts: int = 1
+    batch_size: int | None = None
+    warm_start: Path | None = None
     seed: int = 0
     device: str = "auto"
     cluster: ClusterOptions = ClusterOptions()
+    fit_workers: int | None = None  # None: fit in this process
+
+
+class StageQuality(NamedTuple):
+    """How well the stages up to one stand for held-out patches, on average."""
+
+    mse: float  # squared error per feature value
+    cosine: float  # between a feature and what its ids stand for
+    relative_error: float  # |f - f'| / |f|
 
 
 class FitSummary(NamedTuple):
     """What a fit did."""
 
     codebook: Codebook
-    usage: Usage  # of the points of the fit
-    held_out_mse: float | None  # per feature value; None without held-out images
+    usage: Usage  # of the points of the fit, first stage
+    held_out: list[StageQuality]  # per stage; empty without held-out images
     held_out_psnr: float | None  # dB, of pixel codebooks
     num_skipped: int
+    sample_dir: Path | None  # where the sample was kept
 
 
 class Progress(NamedTuple):
@@ -92,218 +100,185 @@ def run(options: FitOptions, progress: Progress | None = None) -> FitSummary:
         ConfigError: A setting is wrong, or there are too few distinct patches.
         SourceError: The images cannot be listed or read, or none can be decoded.
     """
-    if not 0 < options.k <= MAX_VOCAB_SIZE:
-        raise ConfigError(f"-k must be 1 to {MAX_VOCAB_SIZE:,}, not {options.k:,}.")
-    if options.iterations < 1 or options.restarts < 1:
-        raise ConfigError("--iterations and --restarts must be 1 or more.")
+    _check(options)
     device = choose_device(options.device)
     extractor = make_extractor(options.features, device)
+    warm_start = _warm_start(options)
     listing = open_source(options.images).scan(None)
-    budget = options.sample or POINTS_PER_CENTROID * options.k
-    draw = _plan_draw(listing, extractor.pixel_rule, budget, options.seed)
-    sample = _collect(options, extractor, listing, draw, progress)
-    points = _trim(sample.points, budget, options.seed)
-    fit = fit_centroids(
-        points.to(device),
-        options.k,
-        metric=options.metric,
-        iterations=options.iterations,
-        restarts=options.restarts,
-        seed=options.seed,
-        progress=progress.iterated if progress else None,
-    )
-    return _summarise(options, extractor, listing, sample, points, fit)
+    with _sample_store(options) as store:
+        sample = draw_sample(
+            listing,
+            extractor,
+            _sample_options(options),
+            store,
+            replace=options.sample_dir is None,
+            progress=progress.sampled if progress else None,
+        )
+        if sample.num_units_kept:
+            logger.info("%d units of the sample were there already", sample.num_units_kept)
+        if not len(sample.points):
+            raise SourceError(f"Not one image of {options.images} could be decoded.")
+        fits = _fit_stages(options, sample.points, device, warm_start, progress)
+        return _summarise(options, extractor, listing, sample, fits)
 
 
-class _Draw(NamedTuple):
-    """Which images are sampled, and how many patches of each."""
-
-    fitted: frozenset[str]  # keys
-    held_out: frozenset[str]
-    patches_per_image: int
-    seed: int
-
-
-class _UnitSample(NamedTuple):
-    """The sampled patches of one unit."""
-
-    unit: int
-    points: np.ndarray  # (n, D)
-    held_out: np.ndarray
-    num_images: int  # that the points come from
-    num_seen: int  # with the held-out and the skipped ones
-    num_skipped: int
-
-
-class _Sample(NamedTuple):
-    """The sampled patches of all units, in the order of the units."""
-
-    points: Tensor
-    held_out: Tensor
-    num_images: int
-    num_skipped: int
-
-
-class SampleWorker:
-    """Samples patch features of units, in a process of its own."""
-
-    def __init__(
-        self, images: str, spec: ExtractorSpec, rule: PixelRule, device: str, draw: _Draw
-    ) -> None:
-        """Load the feature model."""
-        self._source = open_source(images)
-        self._extractor = load_extractor(spec, rule, choose_device(device))
-        self._draw = draw
-
-    def run(self, unit: PlanUnit) -> _UnitSample:
-        """Return the sampled features of one unit; an image that cannot be decoded is skipped."""
-        rule = self._extractor.pixel_rule
-        parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
-        rows, views, num_skipped = [], [], 0
-        for row, data in self._source.read(unit):
-            try:
-                pixels = decode(data)
-            except ImageError as exc:
-                logger.warning("left out %s: %s", row.source, exc)
-                num_skipped += 1
-                continue
-            view = centre_square((int(pixels.shape[-2]), int(pixels.shape[-1])))
-            views.append(apply_view(pixels, view, rule.size, rule.interpolation))
-            rows.append(row)
-            if len(rows) == _IMAGES_PER_BATCH:
-                self._extract(rows, views, parts)
-                rows, views = [], []
-        self._extract(rows, views, parts)
-        dim = 3 * rule.patch_size**2
-        empty = np.empty((0, dim), np.uint8)
-        return _UnitSample(
-            unit=unit.unit,
-            points=np.concatenate(parts[False]) if parts[False] else empty,
-            held_out=np.concatenate(parts[True]) if parts[True] else empty,
-            num_images=len(parts[False]),
-            num_seen=len(unit.rows),
-            num_skipped=num_skipped,
+def _check(options: FitOptions) -> None:
+    if not 0 < options.k <= MAX_VOCAB_SIZE:
+        raise ConfigError(f"-k must be 1 to {MAX_VOCAB_SIZE:,}, not {options.k:,}.")
+    if options.iterations < 1 or options.restarts < 1 or options.stages < 1:
+        raise ConfigError("--iterations, --restarts and --stages must be 1 or more.")
+    if options.images_per_class is not None and isinstance(options.sample, int):
+        raise ConfigError(
+            "--sample and --images-per-class exclude each other: --images-per-class takes every "
+            "patch of so many images per class, or --patches-per-image of them."
         )
 
-    def _extract(
-        self, rows: list[PlanRow], views: list[Tensor], parts: dict[bool, list[np.ndarray]]
-    ) -> None:
-        if not rows:
-            return
-        features = self._extractor(torch.stack(views)).cpu().numpy()
-        for row, patches in zip(rows, features, strict=True):
-            rng = random.Random(_priority(self._draw.seed, "patches", row.key))
-            count = min(len(patches), self._draw.patches_per_image)
-            chosen = sorted(rng.sample(range(len(patches)), count))
-            parts[row.key in self._draw.held_out].append(patches[chosen])
 
-
-def _plan_draw(listing: Listing, rule: PixelRule, budget: int, seed: int) -> _Draw:
-    keys = [row.key for unit in listing.units for row in unit.rows]
-    keys.sort(key=lambda key: _priority(seed, "image", key))
-    num_patches = rule.grid[0] * rule.grid[1]
-    per_image = min(num_patches, _MIN_PATCHES_PER_IMAGE)
-    num_held_out = len(keys) // _HELD_OUT_SHARE
-    num_fitted = min(len(keys) - num_held_out, -(-budget // per_image))
-    num_held_out = min(num_held_out, -(-num_fitted // _HELD_OUT_SHARE))
-    return _Draw(
-        fitted=frozenset(keys[num_held_out : num_held_out + num_fitted]),
-        held_out=frozenset(keys[:num_held_out]),
-        patches_per_image=min(num_patches, -(-budget // num_fitted)),
-        seed=seed,
+def _sample_options(options: FitOptions) -> SampleOptions:
+    unlimited = options.sample == "all" or options.images_per_class is not None
+    budget = options.sample if isinstance(options.sample, int) else None
+    if budget is None and not unlimited:
+        budget = POINTS_PER_CENTROID * options.k
+    return SampleOptions(
+        budget=budget,
+        images_per_class=options.images_per_class,
+        patches_per_image=options.patches_per_image,
+        dtype=options.sample_dtype,
+        seed=options.seed,
+        device=options.device,
+        cluster=options.cluster,
     )
 
 
-def _collect(
+@contextlib.contextmanager
+def _sample_store(options: FitOptions) -> Iterator[Path]:
+    """Yield where the sample goes.
+
+    Without --sample-dir that is a hidden folder beside the codebook, removed when the codebook is
+    written: after an interruption it is still there, and the same command goes on with it.
+    """
+    if options.sample_dir is not None:
+        yield options.sample_dir
+        return
+    store = options.out.with_name(f".{options.out.name}.sample")
+    yield store
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def _warm_start(options: FitOptions) -> Tensor | None:
+    """Return the centroids (M, K, D) to start from.
+
+    Raises:
+        ConfigError: They are those of another number of stages or centroids, or of other features.
+    """
+    if options.warm_start is None:
+        return None
+    codebook = Codebook.load(options.warm_start)
+    shape = (codebook.num_stages, codebook.vocab_size)
+    if shape != (options.stages, options.k):
+        raise ConfigError(
+            f"{options.warm_start} has {shape[0]} stages of {shape[1]:,} centroids, but this fit "
+            f"makes {options.stages} of {options.k:,}. Use its --stages and -k."
+        )
+    return torch.from_numpy(codebook.centroids)
+
+
+def _fit_stages(
     options: FitOptions,
-    extractor: FeatureExtractor,
-    listing: Listing,
-    draw: _Draw,
+    points: PointSet,
+    device: torch.device,
+    warm_start: Tensor | None,
     progress: Progress | None,
-) -> _Sample:
-    worker = partial(
-        SampleWorker,
-        listing.info.location,
-        extractor.spec,
-        extractor.pixel_rule,
-        options.device,
-        draw,
-    )
-    num_wanted = len(draw.fitted) + len(draw.held_out)
-    samples: list[_UnitSample] = []
-    num_done = 0
-    for sample in map_units(worker, _units_with(listing, draw), options.cluster):
-        samples.append(sample)
-        num_done += sample.num_seen
-        if progress:
-            progress.sampled(num_done, num_wanted)
-    samples.sort(key=lambda sample: sample.unit)
-    filled = [sample for sample in samples if len(sample.points)]
-    if not filled:
-        raise SourceError(f"Not one image of {options.images} could be decoded.")
-    held_out = [sample.held_out for sample in samples if len(sample.held_out)]
-    points = torch.from_numpy(np.concatenate([sample.points for sample in filled]))
-    return _Sample(
-        points=points,
-        held_out=torch.from_numpy(np.concatenate(held_out)) if held_out else points[:0],
-        num_images=sum(sample.num_images for sample in samples),
-        num_skipped=sum(sample.num_skipped for sample in samples),
-    )
+) -> list[Fit]:
+    fits: list[Fit] = []
+    with _sharded(options, points, device) as shards:
+        for stage in range(options.stages):
+            if fits:
+                shards.quantise(fits[-1].centroids)
+            fits.append(
+                fit_centroids(
+                    shards,
+                    options.k,
+                    metric=options.metric,
+                    spherical=options.metric == "cosine" and stage == 0,
+                    iterations=options.iterations,
+                    restarts=options.restarts,
+                    batch_size=options.batch_size,
+                    warm_start=None if warm_start is None else warm_start[stage],
+                    seed=options.seed,
+                    progress=progress.iterated if progress else None,
+                )
+            )
+    return fits
 
 
-def _units_with(listing: Listing, draw: _Draw) -> Iterator[PlanUnit]:
-    for unit in listing.units:
-        rows = tuple(r for r in unit.rows if r.key in draw.fitted or r.key in draw.held_out)
-        if rows:
-            yield unit.model_copy(update={"rows": rows})
+@contextlib.contextmanager
+def _sharded(
+    options: FitOptions, points: PointSet, device: torch.device
+) -> Iterator[ShardedPoints]:
+    """Yield the points in this process, or spread over Ray actors."""
+    if options.fit_workers is None:
+        yield ShardedPoints.local(points, options.metric, device)
+        return
+    parts = pieces(points, options.fit_workers)
+    sizes = [size for size, _ in parts]
+    makers = [
+        partial(RemoteShard, sum(sizes[:number]), options.metric, options.device)
+        for number in range(len(sizes))
+    ]
+    with actor_group(makers, options.cluster) as group:
+        for number, (_, arrays) in enumerate(parts):
+            for array in arrays:
+                group.call_one(number, "load", array)
 
+        def call(method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+            return group.call("call", [(method, *args) for args in arguments])
 
-def _trim(points: Tensor, budget: int, seed: int) -> Tensor:
-    """Drop the few points by which whole images exceed the budget."""
-    if len(points) <= budget:
-        return points
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.randperm(len(points), generator=generator)[:budget]
-    return points[kept.sort().values]
+        yield ShardedPoints(sizes, call)
 
 
 def _summarise(
     options: FitOptions,
     extractor: FeatureExtractor,
     listing: Listing,
-    sample: _Sample,
-    points: Tensor,
-    fit: Fit,
+    sample: Sample,
+    fits: list[Fit],
 ) -> FitSummary:
-    fitted_usage = usage(fit.counts.cpu().numpy())
+    centroids = torch.stack([fit.centroids.to(_common_type(fits)) for fit in fits])
+    usages = [usage(fit.counts.numpy()) for fit in fits]
+    dim = sample.points.dim
+    held_out = _measure(sample.held_out, centroids, options.metric)
     quality: dict[str, JsonValue] = {
-        "mse": fit.objective[-1] / points.shape[1],
-        "perplexity": fitted_usage.perplexity,
-        "num_used": fitted_usage.num_used,
-    }
-    held_out_mse = _error(sample.held_out, fit, options.metric)
+        "mse": fits[-1].objective[-1] / dim,
+        "perplexity": usages[0].perplexity,
+        "num_used": usages[0].num_used,
+        "stages": [
+            {"mse": fit.objective[-1] / dim, "perplexity": found.perplexity,
+             "num_used": found.num_used, "objective": list(fit.objective)}
+            for fit, found in zip(fits, usages, strict=True)
+        ],
+    }  # fmt: skip
     held_out_psnr = None
-    if held_out_mse is not None:
-        quality |= {"held_out_mse": held_out_mse, "held_out_patches": len(sample.held_out)}
-        if extractor.spec.id == "pixel":
-            held_out_psnr = psnr(held_out_mse)
-            quality["held_out_psnr_db"] = held_out_psnr if held_out_mse else None
+    if held_out:
+        last = held_out[-1]
+        quality |= {
+            "held_out_mse": last.mse,
+            "held_out_patches": len(sample.held_out),
+            "held_out_stages": [stage._asdict() for stage in held_out],
+        }
+        if extractor.spec.id == "pixel" and options.metric == "l2":
+            held_out_psnr = psnr(last.mse)
+            quality["held_out_psnr_db"] = held_out_psnr if last.mse else None
     codebook = Codebook(
-        fit.centroids.cpu().numpy()[None],
-        fit.counts.cpu().numpy()[None],
+        centroids.numpy(),
+        np.stack([fit.counts.numpy() for fit in fits]),
         metric=options.metric,
         pixel_rule=extractor.pixel_rule,
         extractor=extractor.spec,
-        num_points=len(points),
+        num_points=len(sample.points),
         num_images=sample.num_images,
-        objective=tuple(fit.objective),
-        fit={
-            "images": listing.info.location,
-            "iterations": options.iterations,
-            "restarts": options.restarts,
-            "seed": options.seed,
-            "sample": options.sample,
-        },
+        objective=tuple(fits[0].objective),
+        fit=_settings(options, listing),
         quality=quality,
         versions={
             "patchcache": __version__,
@@ -312,18 +287,47 @@ def _summarise(
         },
     )
     codebook.save(options.out)
-    return FitSummary(codebook, fitted_usage, held_out_mse, held_out_psnr, sample.num_skipped)
+    return FitSummary(
+        codebook, usages[0], held_out, held_out_psnr, sample.num_skipped, options.sample_dir
+    )
 
 
-def _error(held_out: Tensor, fit: Fit, metric: Metric) -> float | None:
-    """Return the mean squared distance of held-out patches to their centroid, per value."""
+def _common_type(fits: list[Fit]) -> torch.dtype:
+    """Return the type that holds the centroids of all stages: int16 for residuals of pixels."""
+    return fits[-1].centroids.dtype
+
+
+def _settings(options: FitOptions, listing: Listing) -> dict[str, JsonValue]:
+    """Return the settings that decide what the centroids are."""
+    return {
+        "images": listing.info.location,
+        "iterations": options.iterations,
+        "restarts": options.restarts,
+        "seed": options.seed,
+        "sample": options.sample,
+        "images_per_class": options.images_per_class,
+        "patches_per_image": options.patches_per_image,
+        "stages": options.stages,
+        "batch_size": options.batch_size,
+        "warm_start": str(options.warm_start) if options.warm_start else None,
+    }
+
+
+def _measure(held_out: PointSet, centroids: Tensor, metric: Metric) -> list[StageQuality]:
+    """Measure the stages, from the first alone to all together, on held-out patches."""
     if not len(held_out):
-        return None
-    if metric == "cosine":
-        held_out = torch.nn.functional.normalize(held_out.float(), dim=1)
-    _, distances = CentroidIndex(fit.centroids).assign(held_out.to(fit.centroids.device))
-    return float(distances.double().mean()) / int(held_out.shape[1])
-
-
-def _priority(seed: int, purpose: str, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()[:8])
+        return []
+    quantizer = ResidualQuantizer(centroids)
+    totals = np.zeros((len(centroids), 3))
+    for _, block in held_out.blocks(_ROWS_PER_BLOCK):
+        points = block.float()
+        if metric == "cosine":
+            points = torch.nn.functional.normalize(points, dim=1)
+        ids = quantizer.encode(block if metric == "l2" else points)
+        again = torch.zeros_like(points)
+        for stage, column in enumerate(ids.unbind(1)):
+            again += centroids[stage][column].float()
+            cosines, errors = fidelity(points.numpy(), again.numpy())
+            error2 = (points - again).double().square().sum()
+            totals[stage] += float(error2) / held_out.dim, cosines.sum(), errors.sum()
+    return [StageQuality(*stage) for stage in (totals / len(held_out)).tolist()]

@@ -9,13 +9,18 @@ unit, so a unit must be idempotent; images never pass through Ray's object store
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from cache_builder.errors import ConfigError, MissingDependencyError, PatchCacheError
+from cache_builder.errors import (
+    ConfigError,
+    MissingDependencyError,
+    PatchCacheError,
+    WorkerLostError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,7 @@ _R = TypeVar("_R")
 
 _UNITS_IN_FLIGHT = 2  # per actor, so that none waits for the driver
 _MAX_TRIES = 4  # of one unit, when actors keep dying
+_SMALL_BYTES = 100_000  # what is sent with a call rather than put into the object store
 
 
 class UnitWorker(Protocol[_UnitT, _ResultT]):
@@ -61,7 +67,7 @@ def map_units(
         num_cpus = int(ray.cluster_resources().get("CPU", 1))
         num_workers = options.num_workers or num_cpus
         actor_class = ray.remote(_Actor).options(
-            num_cpus=min(1, num_cpus / num_workers),
+            num_cpus=_cpus_of_each(ray, num_workers),
             num_gpus=options.gpus_per_worker,
             max_restarts=_MAX_TRIES - 1,
             max_task_retries=_MAX_TRIES - 1,
@@ -83,6 +89,100 @@ def map_units(
             result = _get(ray, done[0])
             submit(actor)
             yield result
+
+
+class ActorGroup:
+    """Objects in processes of their own that are all asked at once and keep what they know.
+
+    Where `map_units` is for work that may be done anywhere and twice, these hold state: when one
+    dies, its state is lost, and so is what they do together.
+    """
+
+    def __init__(self, ray: Any, actors: list[Any]) -> None:
+        self._ray = ray
+        self._actors = actors
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def call(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """Call a method of every object, with arguments of its own; return the answers in order.
+
+        Arguments that are the same object for all are sent once.
+
+        Raises:
+            PatchCacheError: What an object raised.
+            WorkerLostError: A process died.
+        """
+        large = {id(arg): arg for args in arguments for arg in args if _is_large(arg)}
+        stored = {key: self._ray.put(arg) for key, arg in large.items()}
+        pending = [
+            actor.call.remote(method, *(stored.get(id(arg), arg) for arg in args))
+            for actor, args in zip(self._actors, arguments, strict=True)
+        ]
+        return [self._answer(reference) for reference in pending]
+
+    def call_one(self, number: int, method: str, *args: Any) -> Any:
+        """Call a method of one object."""
+        return self._answer(self._actors[number].call.remote(method, *args))
+
+    def _answer(self, reference: Any) -> Any:
+        try:
+            return _get(self._ray, reference)
+        except self._ray.exceptions.RayActorError as exc:
+            raise WorkerLostError(
+                "A Ray actor that held a share of the work died (out of memory, or its node was "
+                "lost). Run the same command again; more workers hold less each."
+            ) from exc
+
+
+@contextlib.contextmanager
+def actor_group(
+    makers: Sequence[Callable[[], Any]], options: ClusterOptions
+) -> Iterator[ActorGroup]:
+    """Make an object in an actor of its own for every maker.
+
+    Args:
+        makers: Pickled, and called in the actors.
+        options: Where they run; its number of workers is not looked at.
+
+    Raises:
+        ConfigError: The cluster cannot be reached.
+    """
+    with _cluster(options.address) as ray:
+        actor_class = ray.remote(_Member).options(
+            num_cpus=_cpus_of_each(ray, len(makers)), num_gpus=options.gpus_per_worker
+        )
+        actors = [actor_class.remote(make) for make in makers]
+        try:
+            yield ActorGroup(ray, actors)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+class _Member:
+    """An object in a process of its own."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._object = make()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._object, method)(*args)
+
+
+def _is_large(value: Any) -> bool:
+    """Say whether a value is worth a place in the object store."""
+    return bool(getattr(value, "nbytes", 0) > _SMALL_BYTES)
+
+
+def _cpus_of_each(ray: Any, num_workers: int) -> float:
+    """Return the CPUs that an actor asks for, so that all of them find a place."""
+    num_cpus = int(ray.cluster_resources().get("CPU", 1))
+    return min(1, num_cpus / num_workers)
 
 
 class _Actor:

@@ -5,43 +5,37 @@ are taken. The smallest of several lists are the smallest of the smallest of eac
 depends neither on how a source is cut into units nor on the order of anything. One image in twenty
 is held out: it is never fitted, and quality is measured on it.
 
-Workers extract the features of a unit and send them back; the driver writes them, so the workers
-need no disk in common with it. The store is a folder:
-
-    sample.json                 what was asked for; another question to the same folder is refused
-    000000.npy                  points of a unit (n, D): uint8 pixels, or float16 or float32
-    000000.held_out.npy         likewise, of its images that are held out
-    000000.json                 written last: counts and digests. A unit with it is not done again
+Workers extract the features and send them back; the driver writes them (`sample_store.py`), so the
+workers need no disk in common with it.
 """
 
 import hashlib
 import heapq
-import json
 import logging
 import random
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import JsonValue
 from torch import Tensor
 
-from cache_builder import files
-from cache_builder.errors import ConfigError, ImageError, SourceError
+from cache_builder import files, sample_store
+from cache_builder.errors import ConfigError, ImageError
 from cache_builder.formats.codebook import ExtractorSpec, PixelRule
 from cache_builder.formats.manifest import PlanRow, PlanUnit
-from cache_builder.formats.sample import npy_bytes
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
 from cache_builder.points import PointSet
 from cache_builder.prefetch import read_ahead
 from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.sample_store import UnitSample
 from cache_builder.sources import Listing, open_source
 from cache_builder.tokenizers.features import FeatureExtractor, extract_features, load_extractor
 from cache_builder.tokenizers.tokenizer import choose_device
@@ -54,7 +48,7 @@ _MIN_PATCHES_PER_IMAGE = 16  # diversity comes from images, not from their patch
 _HELD_OUT_SHARE = 20  # one image in this many
 _IMAGES_PER_BATCH = 16
 _BATCHES_AHEAD = 2
-_PLAN_NAME = "sample.json"
+_MAX_PATCHES_PER_TASK = 1 << 15  # 268 MB of k-CLIP's 4096 values as float16
 
 
 class SampleOptions(NamedTuple):
@@ -87,25 +81,6 @@ class UnitDraw(NamedTuple):
     held_out: tuple[bool, ...]
 
 
-class UnitSample(NamedTuple):
-    """The sampled patches of one unit."""
-
-    unit: int
-    points: NDArray[np.generic]  # (n, D)
-    held_out: NDArray[np.generic]
-    num_images: int  # that the points come from
-    num_skipped: int
-
-
-class UnitSampleRecord(BaseModel, frozen=True, extra="forbid"):
-    """`NNNNNN.json` of a store: the unit's arrays are whole."""
-
-    num_images: int
-    num_skipped: int
-    sha256: str
-    held_out_sha256: str
-
-
 def held_out_keys(keys: Sequence[str], seed: int) -> frozenset[str]:
     """Return the keys that no fit with this seed learns from: one in twenty, rounded down."""
     return frozenset(smallest(keys, len(keys) // _HELD_OUT_SHARE, seed))
@@ -125,25 +100,33 @@ def plan_draw(listing: Listing, rule: PixelRule, options: SampleOptions) -> list
         rule: Its grid says how many patches an image has.
         options: With `images_per_class`, so many of each class and all their patches, as CCViT
             does; else as many images as give `budget` patches at `patches_per_image` (16 or more)
-            each. The budget is met to the patch as long as there are images enough.
+            each. The budget is met to the patch as long as there are images enough and none is
+            damaged.
 
     Raises:
-        ConfigError: Images per class were asked for where there are no classes.
+        ConfigError: Images per class were asked for where there are no classes, or more patches
+            than an image has.
     """
     labels = {row.key: row.label for unit in listing.units for row in unit.rows}
     grid_patches = rule.grid[0] * rule.grid[1]
+    if options.patches_per_image is not None and options.patches_per_image > grid_patches:
+        raise ConfigError(
+            f"--patches-per-image is {options.patches_per_image:,}, but an image has "
+            f"{grid_patches:,} patches. Use {grid_patches:,} or fewer."
+        )
     held_out = held_out_keys(list(labels), options.seed)
     free = [key for key in labels if key not in held_out]
     if options.images_per_class is not None:
         fitted = _smallest_of_each_class(free, labels, options)
         most = options.patches_per_image or grid_patches
+    elif options.budget is None:
+        fitted = smallest(free, len(free), options.seed)
+        most = options.patches_per_image or grid_patches
     else:
-        most = options.patches_per_image or min(grid_patches, _MIN_PATCHES_PER_IMAGE)
-        wanted = len(free) if options.budget is None else -(-options.budget // most)
-        fitted = smallest(free, min(wanted, len(free)), options.seed)
-        if options.patches_per_image is None:
-            most = grid_patches  # too few images: more patches of each
-    most = min(most, grid_patches)
+        each = options.patches_per_image or min(grid_patches, _MIN_PATCHES_PER_IMAGE)
+        fitted = smallest(free, -(-options.budget // each), options.seed)
+        # Too few images: more patches of each.
+        most = options.patches_per_image or grid_patches
     budget = len(fitted) * most if options.budget is None else options.budget
     budget = min(budget, len(fitted) * most)
     each, rest = divmod(budget, max(len(fitted), 1))
@@ -178,9 +161,9 @@ def draw_sample(
         SourceError: An image cannot be read, or none can be decoded.
     """
     draws = plan_draw(listing, extractor.pixel_rule, options)
-    _settle_store(store, _question(listing, extractor, options, draws), replace=replace)
+    sample_store.settle(store, _question(listing, extractor, options, draws), replace=replace)
     num_wanted = sum(len(draw.unit.rows) for draw in draws)
-    records = {draw.unit.unit: _whole_unit(store, draw.unit.unit) for draw in draws}
+    records = {draw.unit.unit: sample_store.whole_unit(store, draw.unit.unit) for draw in draws}
     missing = [draw for draw in draws if records[draw.unit.unit] is None]
     num_seen = {draw.unit.unit: len(draw.unit.rows) for draw in draws}
     num_done = num_wanted - sum(len(draw.unit.rows) for draw in missing)
@@ -196,14 +179,14 @@ def draw_sample(
         options.seed,
     )
     for sample in map_units(worker, missing, options.cluster) if missing else ():
-        records[sample.unit] = _write_unit(store, sample)
+        records[sample.unit] = sample_store.write_unit(store, sample)
         num_done += num_seen[sample.unit]
         if progress:
             progress(num_done, num_wanted)
     whole = {unit: record for unit, record in records.items() if record}
     return Sample(
-        points=PointSet([_array(store, unit, held_out=False) for unit in whole]),
-        held_out=PointSet([_array(store, unit, held_out=True) for unit in whole]),
+        points=_point_set(store, whole, held_out=False),
+        held_out=_point_set(store, whole, held_out=True),
         num_images=sum(record.num_images for record in whole.values()),
         num_skipped=sum(record.num_skipped for record in whole.values()),
         num_units_kept=len(draws) - len(missing),
@@ -246,7 +229,7 @@ class SampleWorker:
                 num_patches, held_out = chosen[row.key]
                 rng = random.Random(_priority(self._seed, "patches", row.key))
                 rows = sorted(rng.sample(range(len(patches)), num_patches))
-                parts[held_out].append(_stored(patches[rows], self._dtype, row))
+                parts[held_out].append(self._stored(patches[rows], row))
                 num_images += not held_out
                 num_decoded += 1
         empty = np.empty((0, dim), self._dtype)
@@ -257,6 +240,30 @@ class SampleWorker:
             num_images=num_images,
             num_skipped=len(chosen) - num_decoded,
         )
+
+    def _stored(self, features: Tensor, row: PlanRow) -> NDArray[np.generic]:
+        """Return features in the type of the store.
+
+        Raises:
+            ConfigError: They are not finite, or too large for float16.
+        """
+        if self._dtype == np.uint8:
+            pixels: NDArray[np.generic] = features.numpy()
+            return pixels
+        model = self._extractor.spec.id
+        if not features.isfinite().all():
+            raise ConfigError(
+                f"The features of {row.source} by {model} hold NaN or infinity. "
+                "Check the model and its weights."
+            )
+        largest = float(features.abs().max())
+        if self._dtype == np.float16 and largest > float(np.finfo(np.float16).max):
+            raise ConfigError(
+                f"The features of {row.source} by {model} reach {largest:,.0f}, too much for "
+                "float16. Use --sample-dtype float32."
+            )
+        stored: NDArray[np.generic] = features.numpy().astype(self._dtype)
+        return stored
 
     def _batches(self, unit: PlanUnit) -> Iterator[list[tuple[PlanRow, Tensor]]]:
         """Yield decoded centre squares."""
@@ -290,6 +297,9 @@ def _smallest_of_each_class(
             )
         members[label].append(key)
     count = options.images_per_class or 0
+    num_small = sum(len(keys) < count for keys in members.values())
+    if num_small:
+        logger.warning("%d classes have fewer than %d images; all of theirs", num_small, count)
     chosen = [key for label in members for key in smallest(members[label], count, options.seed)]
     return smallest(chosen, len(chosen), options.seed)
 
@@ -297,37 +307,27 @@ def _smallest_of_each_class(
 def _draws_of_units(
     listing: Listing, counts: dict[str, int], held_out: frozenset[str]
 ) -> Iterator[UnitDraw]:
+    """Yield the chosen images, never more of them at once than fit a message."""
+    number = 0
     for unit in listing.units:
-        rows = tuple(row for row in unit.rows if counts.get(row.key))
-        if rows:
+        rows = [row for row in unit.rows if counts.get(row.key)]
+        while rows:
+            totals = accumulate(counts[row.key] for row in rows)
+            num_rows = max(1, sum(total <= _MAX_PATCHES_PER_TASK for total in totals))
+            part, rows = tuple(rows[:num_rows]), rows[num_rows:]
             yield UnitDraw(
-                unit.model_copy(update={"rows": rows}),
-                tuple(counts[row.key] for row in rows),
-                tuple(row.key in held_out for row in rows),
+                unit.model_copy(update={"unit": number, "rows": part}),
+                tuple(counts[row.key] for row in part),
+                tuple(row.key in held_out for row in part),
             )
+            number += 1
 
 
-def _stored(features: Tensor, dtype: np.dtype[np.generic], row: PlanRow) -> NDArray[np.generic]:
-    """Return features in the type of the store.
-
-    Raises:
-        ConfigError: They are not finite, or too large for float16.
-    """
-    if dtype == np.uint8:
-        pixels: NDArray[np.generic] = features.numpy()
-        return pixels
-    if not features.isfinite().all():
-        raise ConfigError(
-            f"The features of {row.source} hold NaN or infinity. Check the model and its weights."
-        )
-    largest = float(features.abs().max())
-    if dtype == np.float16 and largest > np.finfo(np.float16).max:
-        raise ConfigError(
-            f"The features of {row.source} reach {largest:,.0f}, too much for float16. "
-            "Use --sample-dtype float32."
-        )
-    stored: NDArray[np.generic] = features.numpy().astype(dtype)
-    return stored
+def _point_set(store: Path, units: Iterable[int], *, held_out: bool) -> PointSet:
+    arrays = [sample_store.read_array(store, unit, held_out=held_out) for unit in units]
+    # A unit of damaged images alone does not know how long a feature is.
+    filled = [array for array in arrays if len(array)]
+    return PointSet(filled or [np.empty((0, 0), np.uint8)])
 
 
 def _question(
@@ -348,83 +348,6 @@ def _question(
         "num_patches": sum(sum(draw.num_patches) for draw in draws),
         "draw": digest.hexdigest(),
     }
-
-
-def _settle_store(store: Path, question: dict[str, JsonValue], *, replace: bool) -> None:
-    """Make the store, or make sure that it belongs to this sample."""
-    path = store / _PLAN_NAME
-    if path.is_file():
-        try:
-            before = json.loads(path.read_bytes())
-        except ValueError:
-            before = {}
-        changed = [name for name in question if before.get(name) != question[name]]
-        if not changed:
-            return
-        if not replace:
-            differences = "; ".join(
-                f"{name} was {json.dumps(before.get(name))}, is {json.dumps(question[name])}"
-                for name in changed
-            )
-            raise ConfigError(
-                f"{store} holds another sample: {differences}. "
-                "Use another --sample-dir, or delete this one."
-            )
-        shutil.rmtree(store)
-    elif store.is_dir() and any(store.iterdir()):
-        raise ConfigError(
-            f"{store} holds files but no {_PLAN_NAME}: it is not a sample. Use another --sample-dir."
-        )
-    files.publish(path, files.canonical_json(question))
-
-
-def _write_unit(store: Path, sample: UnitSample) -> UnitSampleRecord:
-    digests = []
-    for held_out, array in ((False, sample.points), (True, sample.held_out)):
-        data = npy_bytes(array)
-        files.publish(_array_path(store, sample.unit, held_out=held_out), data)
-        digests.append(files.sha256_bytes(data))
-    record = UnitSampleRecord(
-        num_images=sample.num_images,
-        num_skipped=sample.num_skipped,
-        sha256=digests[0],
-        held_out_sha256=digests[1],
-    )
-    text = files.canonical_json(record.model_dump(mode="json"))
-    files.publish(store / f"{sample.unit:06d}.json", text)
-    return record
-
-
-def _whole_unit(store: Path, unit: int) -> UnitSampleRecord | None:
-    """Return a unit's record if its arrays are undamaged."""
-    try:
-        text = (store / f"{unit:06d}.json").read_bytes()
-        record = UnitSampleRecord.model_validate_json(text)
-        found = [
-            files.sha256_file(_array_path(store, unit, held_out=held_out))
-            for held_out in (False, True)
-        ]
-    except (FileNotFoundError, ValidationError):
-        return None
-    return record if found == [record.sha256, record.held_out_sha256] else None
-
-
-def _array_path(store: Path, unit: int, *, held_out: bool) -> Path:
-    return store / (f"{unit:06d}.held_out.npy" if held_out else f"{unit:06d}.npy")
-
-
-def _array(store: Path, unit: int, *, held_out: bool) -> NDArray[np.generic]:
-    path = _array_path(store, unit, held_out=held_out)
-    array: NDArray[np.generic] = np.load(path, mmap_mode="r" if _has_rows(path) else None)
-    return array
-
-
-def _has_rows(path: Path) -> bool:
-    """Say whether a .npy file holds anything; what holds nothing cannot be mapped."""
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
-    return bool(np.prod(shape))
 
 
 def _priority(seed: int, purpose: str, key: str) -> int:

@@ -3,7 +3,8 @@
 The file holds two tensors, `centroids` (M, K, D) and `counts` (M, K), and one metadata entry,
 `patchcache`, whose value is the JSON of `CodebookHeader`. M is the number of residual stages, 1
 for plain k-means. Pixel codebooks are uint8, so that every distance is an exact integer and a
-token is the same on every device; feature codebooks are float32.
+token is the same on every device, and int16 where M > 1, because what a stage leaves over has a
+sign; feature codebooks are float32.
 
 Two digests are kept apart. The *digest* names the centroids alone. The *fingerprint* names the
 tokenizer: pixel rule, feature extractor with the digest of its weights, and codebook. How the
@@ -25,6 +26,7 @@ from cache_builder.formats.views import Interpolation
 
 FORMAT_VERSION = 1
 MAX_VOCAB_SIZE = 65_535  # id 65,535 marks "absent" in uint16 token arrays
+CENTROID_TYPES = (np.uint8, np.int16, np.float32)
 
 Metric = Literal["l2", "cosine"]
 
@@ -96,7 +98,8 @@ class Codebook:
     """Centroids, their counts and their provenance.
 
     Attributes:
-        centroids: (M, K, D) uint8 (pixels, 0..255) or float32 (features).
+        centroids: (M, K, D) uint8 (pixels, 0..255), int16 (pixels in M > 1 stages: the later ones
+            are residuals) or float32 (features).
         counts: (M, K) int64, how many sampled patches fell to each centroid.
         header: Provenance and identity.
     """
@@ -114,7 +117,7 @@ class Codebook:
         """Name the centroids by digest and fingerprint.
 
         Args:
-            centroids: (M, K, D) uint8 or float32.
+            centroids: (M, K, D) uint8, int16 or float32.
             counts: (M, K) int64.
             metric: `l2` or `cosine`.
             pixel_rule: What happens to a view before the extractor.
@@ -290,9 +293,10 @@ class VersionOnly(BaseModel, frozen=True):
 
 
 def _check_arrays(centroids: NDArray[Any], counts: NDArray[np.int64]) -> None:
-    if centroids.ndim != 3 or centroids.dtype not in (np.uint8, np.float32):
+    if centroids.ndim != 3 or centroids.dtype not in CENTROID_TYPES:
         raise ArtifactError(
-            f"centroids must be (M, K, D) uint8 or float32, not {centroids.shape} {centroids.dtype}"
+            "centroids must be (M, K, D) uint8, int16 or float32, "
+            f"not {centroids.shape} {centroids.dtype}"
         )
     if not 0 < centroids.shape[1] <= MAX_VOCAB_SIZE:
         raise ArtifactError(

@@ -10,6 +10,7 @@ Weights come from a pretrained tag or a local file. Whatever the source, their d
 the tokenizer's fingerprint, and loading other weights under the same name is refused.
 """
 
+import logging
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,8 @@ from cache_builder.formats.codebook import ExtractorSpec, PixelRule, first_probl
 from cache_builder.imaging import patchify
 from cache_builder.tokenizers import models
 from cache_builder.tokenizers.models import DEFAULT_IMAGE_SIZE
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PATCH_SIZE = 16
 
@@ -85,6 +88,26 @@ class ModelFeatures:
         x = pixels.to(self._device).float() / 255
         maps = models.feature_map(self._model, (x - self._mean) / self._std, self.spec.layer)
         return maps.flatten(2).transpose(1, 2).float().contiguous()
+
+
+def extract_features(extractor: FeatureExtractor, pixels: Tensor) -> Tensor:
+    """Return features (B, N, D) of (B, 3, S, S) uint8 pixels, in halves where memory is short.
+
+    Raises:
+        ConfigError: The GPU has not the memory for a single picture.
+    """
+    try:
+        return extractor(pixels)
+    except torch.OutOfMemoryError as exc:
+        if len(pixels) == 1:
+            raise ConfigError(
+                f"Not even one picture of {pixels.shape[-1]} pixels fits into the GPU's memory "
+                f"with {extractor.spec.id}. Use a smaller model, or --device cpu."
+            ) from exc
+    half = len(pixels) // 2
+    logger.warning("out of GPU memory: extracting features of %d pictures at a time", half)
+    torch.cuda.empty_cache()
+    return torch.cat([extract_features(extractor, part) for part in pixels.split(half)])
 
 
 def make_extractor(options: FeatureOptions, device: torch.device) -> FeatureExtractor:

@@ -163,6 +163,13 @@ class CentroidIndex:
         return self._dense[exact]
 
 
+def residual(x: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
+    """Return what centroids (K, D) leave over of x (n, D): int16 of integers, else float32."""
+    exact = x.dtype in INTEGER_TYPES and centroids.dtype in INTEGER_TYPES
+    dtype = torch.int16 if exact else torch.float32
+    return x.to(dtype) - centroids.to(x.device)[ids].to(dtype)
+
+
 class ResidualQuantizer:
     """M codebooks in a row: each quantises what the ones before it left over.
 
@@ -176,20 +183,13 @@ class ResidualQuantizer:
     def encode(self, x: Tensor) -> Tensor:
         """Return ids (n, M) int64 of (n, D) features."""
         columns: list[Tensor] = []
-        residual = x
+        left = x
         for stage in self.stages:
-            if columns:
-                residual = self.residual(residual, len(columns) - 1, columns[-1])
-            columns.append(stage.assign(residual)[0])
+            ids, _ = stage.assign(left)
+            columns.append(ids)
+            if len(columns) < len(self.stages):
+                left = residual(left, stage.centroids, ids)
         return torch.stack(columns, 1)
-
-    def residual(self, x: Tensor, stage: int, ids: Tensor) -> Tensor:
-        """Return what a stage leaves over of its input: int16 of integers, else float32."""
-        centroids = self.stages[stage].centroids[ids]
-        dtype = torch.float32
-        if x.dtype in INTEGER_TYPES and centroids.dtype in INTEGER_TYPES:
-            dtype = torch.int16
-        return x.to(dtype) - centroids.to(dtype)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Return the features (..., D) that ids (..., M) stand for, float32.

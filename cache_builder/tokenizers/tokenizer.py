@@ -9,7 +9,11 @@ from torch import Tensor
 from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import Codebook, PixelRule
 from cache_builder.imaging import unpatchify
-from cache_builder.tokenizers.features import FeatureExtractor, load_extractor
+from cache_builder.tokenizers.features import (
+    FeatureExtractor,
+    extract_features,
+    load_extractor,
+)
 from cache_builder.tokenizers.quantizer import ResidualQuantizer
 
 _VIEWS_PER_BATCH = 64
@@ -89,7 +93,7 @@ class PatchTokenizer:
                 f"pixels must be (B, 3, {size}, {size}) uint8, "
                 f"not {tuple(pixels.shape)} {pixels.dtype}"
             )
-        features = self.extractor(pixels.to(self.device))
+        features = extract_features(self.extractor, pixels.to(self.device))
         if self.codebook.metric == "cosine":
             return torch.nn.functional.normalize(features.float(), dim=-1)
         return features

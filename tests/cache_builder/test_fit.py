@@ -1,25 +1,18 @@
 """A codebook depends on the images and the settings, and on nothing else."""
 
-import logging
-from functools import partial
-
 import numpy as np
 import pytest
-import torch
 
 from cache_builder import fit
 from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats import Codebook
-from cache_builder.formats.manifest import PlanUnit
-from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.ray_jobs import ClusterOptions
-from cache_builder.sources import open_source
-from cache_builder.tokenizers.features import FeatureOptions, make_extractor
+from cache_builder.tokenizers import PatchTokenizer
+from cache_builder.tokenizers.features import FeatureOptions
 from tests import factories
 
 PIXEL = FeatureOptions("pixel", image_size=16, patch_size=4)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -33,20 +26,6 @@ def images(tmp_path):
 def options(images, out, **changes):
     fields = {"images": str(images), "out": out, "k": 6, "features": PIXEL}
     return fit.FitOptions(**(fields | changes))
-
-
-def draw(listing, budget, seed=0):
-    return fit._plan_draw(listing, make_extractor(PIXEL, CPU).pixel_rule, budget, seed)
-
-
-def sampled(images, drawn, units):
-    extractor = make_extractor(PIXEL, CPU)
-    worker = fit.SampleWorker(str(images), extractor.spec, extractor.pixel_rule, "cpu", drawn)
-    samples = [worker.run(unit) for unit in units]
-    return tuple(
-        np.concatenate([getattr(sample, name) for sample in samples])
-        for name in ("points", "held_out")
-    )
 
 
 @pytest.mark.ray
@@ -70,7 +49,7 @@ def test_k_colours_are_found_and_the_file_does_not_depend_on_the_workers(tmp_pat
     assert (codebook.centroids.reshape(6, 3, 16) == codebook.centroids[0, :, ::16, None]).all()
     assert codebook.centroids.dtype == np.uint8
     assert summary.num_skipped == 2
-    assert (summary.held_out_mse, summary.held_out_psnr) == (0, float("inf"))
+    assert (summary.held_out[0].mse, summary.held_out_psnr) == (0, float("inf"))
     assert summary.usage.num_used == 6
     header = codebook.header
     # 256 patches per colour are those of 96 files, and both bad files are among them.
@@ -92,79 +71,12 @@ def test_a_source_of_bad_images_alone_is_refused(tmp_path):
     assert not (tmp_path / "c.safetensors").exists()
 
 
-def test_samples_do_not_depend_on_how_the_source_is_cut_into_units(images):
-    listing = open_source(str(images)).scan(None)
-    drawn = draw(listing, 1000)
-    rows = [row for unit in listing.units for row in unit.rows]
-    whole = sampled(images, drawn, [PlanUnit(unit=0, rows=tuple(rows))])
-    for size in (7, 40):
-        slices = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
-        cut = sampled(images, drawn, [PlanUnit(unit=0, rows=part) for part in slices])
-        for a, b in zip(cut, whole, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-def test_samples_are_patches_of_the_centred_square(tmp_path):
-    images = factories.write_folder(tmp_path / "images", factories.photo_images(3))
-    listing = open_source(str(images)).scan(None)
-    points, held_out = sampled(images, draw(listing, 10**6), listing.units)
-    expected = []
-    for row in listing.units[0].rows:
-        picture = decode((images / row.source).read_bytes())
-        view = apply_view(picture, centre_square(tuple(picture.shape[-2:])), 16)
-        expected.append(patchify(view[None], 4)[0])
-    np.testing.assert_array_equal(points, torch.cat(expected))
-    assert len(held_out) == 0
-
-
-@pytest.mark.parametrize(
-    ("budget", "num_images", "per_image"),
-    [(10**6, 97, 16), (16, 1, 16), (100, 7, 15), (1536, 96, 16)],
-)
-def test_many_images_are_sampled_before_many_patches_of_one(images, budget, num_images, per_image):
-    listing = open_source(str(images)).scan(None)
-    drawn = draw(listing, budget)
-    assert (len(drawn.fitted), drawn.patches_per_image) == (num_images, per_image)
-    assert len(drawn.fitted) * drawn.patches_per_image >= min(budget, 97 * 16)
-
-
-def test_one_image_in_twenty_is_held_out_and_never_fitted(images):
-    listing = open_source(str(images)).scan(None)
-    drawn = draw(listing, 10**6)
-    keys = {row.key for unit in listing.units for row in unit.rows}
-    assert len(drawn.held_out) == 5
-    assert drawn.held_out | drawn.fitted == keys
-    assert not drawn.held_out & drawn.fitted
-
-
-def test_the_seed_chooses_the_images(images):
-    listing = open_source(str(images)).scan(None)
-    assert draw(listing, 160) == draw(listing, 160)
-    assert draw(listing, 160, seed=1).fitted != draw(listing, 160).fitted
-
-
-def test_a_few_images_are_enough(tmp_path):
-    images = factories.write_folder(tmp_path / "images", factories.patch_images(1))
-    drawn = draw(open_source(str(images)).scan(None), 10)
-    assert (len(drawn.fitted), len(drawn.held_out)) == (1, 0)
-
-
-def test_bad_images_are_counted_and_named(images, caplog):
-    listing = open_source(str(images)).scan(None)
-    extractor = make_extractor(PIXEL, CPU)
-    worker = partial(fit.SampleWorker, str(images), extractor.spec, extractor.pixel_rule, "cpu")
-    with caplog.at_level(logging.WARNING):
-        samples = [worker(draw(listing, 10**6)).run(unit) for unit in listing.units]
-    assert sum(sample.num_skipped for sample in samples) == 2
-    assert "left out a/bad.png: not an image" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"k": 0}, r"-k must be 1 to 65,535, not 0"),
         ({"k": 65_536}, r"-k must be 1 to 65,535, not 65,536"),
-        ({"iterations": 0}, "--iterations and --restarts must be 1 or more"),
+        ({"iterations": 0}, "--iterations, --restarts and --stages must be 1 or more"),
         ({"device": "gpu"}, "Unknown device 'gpu'"),
         ({"features": FeatureOptions("clip")}, "Unknown features 'clip'"),
         ({"features": FeatureOptions("pixel", image_size=10)}, "not a multiple"),
@@ -178,3 +90,90 @@ def test_a_wrong_setting_is_refused_before_an_image_is_read(tmp_path, changes, m
 def test_a_source_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(SourceError, match="is not there"):
         fit.run(options(tmp_path / "nowhere", tmp_path / "c.safetensors"))
+
+
+def photos(tmp_path, num=40):
+    return factories.write_folder(tmp_path / "photos", factories.photo_images(num))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_codebook_does_not_depend_on_the_fit_workers(tmp_path):
+    source = photos(tmp_path)
+    paths = [tmp_path / f"{n}.safetensors" for n in range(3)]
+    for path, workers in zip(paths, (None, 1, 3), strict=True):
+        fit.run(
+            options(
+                source, path, k=30, stages=2, fit_workers=workers, iterations=8,
+                sample_dir=tmp_path / "sample",
+            )
+        )  # fmt: skip
+    contents = {path.read_bytes() for path in paths}
+    assert len(contents) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_stages_quantise_what_is_left_over_and_say_how_well(tmp_path):
+    path = tmp_path / "c.safetensors"
+    summary = fit.run(options(photos(tmp_path), path, k=20, stages=3))
+    codebook = Codebook.load(path)
+    assert codebook.centroids.shape == (3, 20, 48)
+    assert codebook.centroids.dtype == np.int16
+    assert codebook.centroids[0].min() >= 0
+    assert codebook.centroids[1:].min() < 0
+    errors = [stage.mse for stage in summary.held_out]
+    assert errors[2] < errors[1] < errors[0]
+    cosines = [stage.cosine for stage in summary.held_out]
+    assert cosines[0] < cosines[2] <= 1
+    assert codebook.header.quality["held_out_stages"][2] == summary.held_out[2]._asdict()
+    tokenizer = PatchTokenizer.load(path)
+    picture = apply_view(
+        decode(next((tmp_path / "photos").rglob("*.jpg")).read_bytes()), (0, 0, 16, 16, False), 16
+    )[None]
+    ids = tokenizer.encode(picture)
+    assert ids.shape == (1, 4, 4, 3)
+    one_stage = codebook.centroids[0][ids[0, 0, 0, 0]].astype(float)
+    patch = patchify(picture, 4)[0, 0].numpy().astype(float)
+    again = patchify(tokenizer.decode(ids), 4)[0, 0].numpy().astype(float)
+    assert np.square(again - patch).sum() <= np.square(one_stage - patch).sum()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_fit_starts_from_a_codebook(tmp_path):
+    source = photos(tmp_path)
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    fit.run(options(source, first, k=30, iterations=30))
+    fit.run(options(source, again, k=30, iterations=5, warm_start=first))
+    before, after = Codebook.load(first).header.objective, Codebook.load(again).header.objective
+    assert after[0] == pytest.approx(before[-1])
+    assert after[-1] <= before[-1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_kept_sample_serves_fits_with_another_k_without_an_image(tmp_path):
+    source = photos(tmp_path)
+    store = tmp_path / "sample"
+    fit.run(options(source, tmp_path / "a.safetensors", k=10, sample="all", sample_dir=store))
+    for image in source.rglob("*.jpg"):
+        image.write_bytes(b"gone")
+    fit.run(options(source, tmp_path / "b.safetensors", k=20, sample="all", sample_dir=store))
+    assert Codebook.load(tmp_path / "b.safetensors").header.num_images == 38
+
+
+def test_a_codebook_of_another_size_is_no_start(tmp_path, images):
+    start = tmp_path / "c.safetensors"
+    factories.colour_codebook().save(start)
+    with pytest.raises(ConfigError, match="has 1 stages of 6 centroids, but this fit makes 1 of 7"):
+        fit.run(options(images, tmp_path / "d.safetensors", k=7, warm_start=start))
+
+
+def test_a_number_of_patches_and_images_per_class_exclude_each_other(tmp_path, images):
+    with pytest.raises(ConfigError, match="--sample and --images-per-class exclude each other"):
+        fit.run(options(images, tmp_path / "d.safetensors", sample=100, images_per_class=2))

@@ -1,0 +1,52 @@
+"""Items are made ahead, in order, and nothing is left running."""
+
+import threading
+import time
+
+import pytest
+
+from cache_builder.prefetch import read_ahead
+
+
+def names_of_threads():
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_items_come_in_order():
+    assert list(read_ahead(range(100), 3)) == list(range(100))
+    assert list(read_ahead([], 1)) == []
+    assert list(read_ahead([None, 0], 1)) == [None, 0]
+
+
+def test_no_more_than_a_few_are_made_ahead():
+    made = []
+    items = read_ahead((made.append(n) or n for n in range(100)), 2)
+    next(items)
+    time.sleep(0.3)
+    assert len(made) <= 5
+    items.close()
+    assert "read-ahead" not in names_of_threads()
+
+
+def test_making_and_using_overlap():
+    def slow():
+        for n in range(5):
+            time.sleep(0.1)
+            yield n
+
+    start = time.monotonic()
+    for _ in read_ahead(slow(), 2):
+        time.sleep(0.1)
+    assert time.monotonic() - start < 0.9  # one after the other takes 1.0
+
+
+def test_what_making_raises_is_raised_where_the_items_are_used():
+    def failing():
+        yield 1
+        raise OSError("the disk is gone")
+
+    items = read_ahead(failing(), 2)
+    assert next(items) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(items)
+    assert "read-ahead" not in names_of_threads()

@@ -159,6 +159,62 @@ def test_it_ends_when_it_has_converged():
     assert len(fit_centroids(points, 5, iterations=2).objective) == 3
 
 
+def test_mini_batches_come_near_to_all_points_and_say_how_near():
+    points = photo_patches(40)
+    told = []
+    whole = fit_centroids(points, 40, iterations=30)
+    fit = fit_centroids(
+        points, 40, iterations=60, batch_size=1000, progress=lambda *step: told.append(step)
+    )
+    assert whole.objective[-1] <= fit.objective[-1] < 1.1 * whole.objective[-1]
+    assert_is_a_fixed_point_of_its_own_counts(fit, points)
+    assert [step for step, _ in told] == list(range(1, len(fit.objective)))
+    again = fit_centroids(points, 40, iterations=60, batch_size=1000)
+    assert torch.equal(again.centroids, fit.centroids)
+
+
+def test_mini_batches_end_when_they_no_longer_gain():
+    points = photo_patches(10)
+    fit = fit_centroids(points, 5, iterations=2000, batch_size=500)
+    assert len(fit.objective) < 500
+
+
+def test_a_mini_batch_larger_than_the_sample_is_the_whole_sample():
+    points = photo_patches(10)
+    whole = fit_centroids(points, 20, iterations=5)
+    batch = fit_centroids(points, 20, iterations=5, batch_size=10**6)
+    assert batch.objective[0] == whole.objective[0]
+    assert batch.counts.sum() == len(points)
+
+
+def test_a_mini_batch_smaller_than_k_is_refused():
+    with pytest.raises(ConfigError, match="mini-batch of 10 patches is too small for K=20"):
+        fit_centroids(photo_patches(10), 20, batch_size=10)
+
+
+def test_a_warm_start_goes_on_where_a_fit_ended():
+    points = photo_patches(20)
+    first = fit_centroids(points, 30, iterations=10)
+    warm = fit_centroids(points, 30, iterations=10, warm_start=first.centroids)
+    assert warm.objective[0] == first.objective[-1]
+    assert warm.objective[-1] <= first.objective[-1]
+    # Another seed changes nothing but what is revived.
+    assert (
+        fit_centroids(points, 30, iterations=1, warm_start=first.centroids, seed=9).objective[0]
+        == first.objective[-1]
+    )
+
+
+def test_a_warm_start_of_another_shape_is_refused():
+    with pytest.raises(ConfigError, match=r"centroids \(4, 3\), but this fit needs \(5, 2\)"):
+        fit_centroids(torch.rand(300, 2), 5, warm_start=torch.rand(4, 3))
+
+
+def test_constant_features_are_too_few():
+    with pytest.raises(ConfigError, match="only 1 distinct patches among 500, too few for K=2"):
+        fit_centroids(torch.full((500, 8), 0.5), 2)
+
+
 def test_one_centroid_is_the_mean():
     points = photo_patches().float()
     fit = fit_centroids(points, 1)

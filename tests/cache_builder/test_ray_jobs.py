@@ -1,14 +1,16 @@
 """Work on Ray: every unit is done, errors keep their class, and a dead worker loses nothing."""
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cache_builder.errors import SourceError
-from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.errors import ConfigError, SourceError, WorkerLostError
+from cache_builder.ray_jobs import ClusterOptions, actor_group, map_units
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ONE = ClusterOptions(num_workers=1)
@@ -99,3 +101,42 @@ def test_a_worker_that_dies_is_restarted_and_nothing_is_lost(tmp_path):
     assert (tmp_path / "died").exists()
     assert sorted(results) == list(range(10))
     assert {path.stem for path in tmp_path.glob("*.done")} == {str(unit) for unit in range(10)}
+
+
+class Counter:
+    """Holds a number in a process of its own."""
+
+    def __init__(self, start=0):
+        self.value = start
+
+    def add(self, number):
+        self.value += number
+        return self.value
+
+    def total(self, array):
+        return float(array.sum())
+
+    def fail(self):
+        raise ConfigError("no such thing")
+
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_group_of_actors_keeps_what_it_knows_and_answers_in_order():
+    makers = [partial(Counter, start) for start in (10, 20, 30)]
+    with actor_group(makers, ClusterOptions()) as group:
+        assert group.call("add", [(1,), (2,), (3,)]) == [11, 22, 33]
+        assert group.call("add", [(0,), (0,), (0,)]) == [11, 22, 33]
+        large = np.ones(1_000_000)
+        assert group.call("total", [(large,)] * 3) == [1e6] * 3
+        assert group.call_one(1, "add", 5) == 27
+        with pytest.raises(ConfigError, match="no such thing"):
+            group.call("fail", [()] * 3)
+
+
+def test_an_actor_that_dies_with_its_share_is_named():
+    with actor_group([Counter, Counter], ClusterOptions()) as group:
+        with pytest.raises(WorkerLostError, match="A Ray actor that held a share of the work died"):
+            group.call_one(0, "die")
+        assert group.call_one(1, "add", 1) == 1

@@ -8,14 +8,13 @@ status: 0 done, 1 failed, 2 wrong usage. Every command imports what it needs whe
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cache_builder import __version__
+from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
     Device,
     GpusPerWorker,
@@ -29,7 +28,7 @@ from cache_builder.cli_options import (
     pair,
     triple,
 )
-from cache_builder.errors import ConfigError, PatchCacheError
+from cache_builder.errors import ConfigError
 
 if TYPE_CHECKING:
     from cache_builder.appraisal import AppraisalOptions
@@ -464,47 +463,8 @@ def export(
 
 def main() -> None:
     """Run the command line and exit."""
-    with _one_line_errors():
+    with one_line_errors():
         app()
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except PatchCacheError as exc:
-        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        print(f"patchcache {command}: {exc}", file=sys.stderr)
-        sys.exit(1)
-    except ModuleNotFoundError as exc:
-        extra = _EXTRA_OF_COMMAND.get(next(iter(sys.argv[1:]), ""), "all")
-        print(
-            f"patchcache needs '{exc.name}', which is not installed. "
-            f"Run: pip install 'patchcache[{extra}]'",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except OSError as exc:
-        # A full disk, a missing permission: nothing that is on disk is damaged by it.
-        where = f": {exc.filename}" if exc.filename else ""
-        print(
-            f"patchcache: {exc.strerror or exc}{where}. Mend that and run the same command again; "
-            "what was finished is kept.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except SystemExit as exc:
-        if exc.code == _INTERRUPTED:
-            print("stopped; the same command continues", file=sys.stderr)
-        raise
-
-
-_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
-
-_EXTRA_OF_COMMAND = {
-    "fit": "build", "build": "build", "verify": "build", "inspect": "build",
-    "serve": "serve", "train": "train", "probe": "train", "export": "train",
-}  # fmt: skip
 
 
 def _print_json(value: Any) -> None:

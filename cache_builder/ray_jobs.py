@@ -210,7 +210,7 @@ def _get(ray: Any, reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as exc:
         # What a user can mend is worth more without Ray's wrapper and its remote traceback.
-        if isinstance(exc.cause, PatchCacheError | OSError):
+        if isinstance(exc.cause, PatchCacheError | OSError | MemoryError):
             raise exc.cause from None
         raise
 

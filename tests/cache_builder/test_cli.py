@@ -9,8 +9,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from cache_builder import __version__, cli
+from cache_builder.cli_errors import one_line_errors
 from tests import factories
 
 COMMANDS = ("fit", "build", "verify", "inspect", "serve", "train", "probe", "export")
@@ -216,3 +218,20 @@ def test_a_run_without_out_goes_to_a_folder_of_the_recipe_s_name(
     status, out, _ = patchcache("train", "tiny.toml", "--cache", cache)
     assert status == 0
     assert "checkpoint   runs/tiny/checkpoints/step_00000001.pt" in out
+
+
+@pytest.mark.parametrize("error", [MemoryError(), lambda: torch.empty(1 << 50)])
+def test_too_little_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit, match="1"), one_line_errors():
+        if callable(error):
+            error()
+        raise error
+    line = capsys.readouterr().err
+    assert line.startswith("patchcache: out of memory (")
+    assert "Use fewer --workers" in line
+    assert line.count("\n") == 1
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"), one_line_errors():
+        raise RuntimeError("a bug")

@@ -1,6 +1,7 @@
 """Patch features are the maps of the named models, computed by hand here."""
 
 import json
+import logging
 
 import pytest
 import timm
@@ -13,7 +14,12 @@ from cache_builder.formats import ExtractorSpec
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.tokenizers import models
-from cache_builder.tokenizers.features import FeatureOptions, load_extractor, make_extractor
+from cache_builder.tokenizers.features import (
+    FeatureOptions,
+    extract_features,
+    load_extractor,
+    make_extractor,
+)
 
 CPU = torch.device("cpu")
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
@@ -320,3 +326,27 @@ def test_every_map_of_a_model_has_the_stride_that_it_says():
 def test_the_arguments_of_a_model_can_be_kept_as_json():
     features = extractor("open_clip:ViT-B-32", model_args=SMALL_VIT, image_size=32)
     assert json.loads(features.spec.model_dump_json())["args"] == SMALL_VIT
+
+
+class Cramped:
+    """An extractor on a device that holds no more than a few pictures."""
+
+    spec = ExtractorSpec(id="timm:cramped")
+
+    def __init__(self, capacity):
+        self.capacity = capacity
+
+    def __call__(self, pixels):
+        if len(pixels) > self.capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return pixels.float().flatten(1)[:, None]
+
+
+def test_a_batch_too_large_for_the_device_is_halved_and_that_is_said(caplog):
+    pixels = torch.randint(0, 256, (13, 3, 4, 4), dtype=torch.uint8)
+    with caplog.at_level(logging.WARNING):
+        features = extract_features(Cramped(3), pixels)
+    assert torch.equal(features, pixels.float().flatten(1)[:, None])
+    assert "extracting features of 6 pictures at a time" in caplog.text
+    with pytest.raises(ConfigError, match="Not even one picture of 4 pixels fits"):
+        extract_features(Cramped(0), pixels)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cache_builder.demo import pictures
+from cache_builder import pages, pictures
 from cache_builder.formats.cache import TokenCache
 from cache_builder.inspection import survey
 from cache_builder.quality import psnr, usage
@@ -16,26 +16,6 @@ from cache_builder.tokenizers import PatchTokenizer
 _MAX_IMAGES = 8
 _MAX_VIEWS = 3
 _SHEET_COLUMNS = 32
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #2563eb; --muted: #6b7280; --rule: #d1d5db; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .muted { color: var(--muted); }
-table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; }
-td.number, th.number { text-align: right; }
-.images { display: grid; gap: 1.2rem; }
-.images { grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); }
-figure { margin: 0; }
-figcaption { color: var(--muted); font-size: .85rem; overflow-wrap: anywhere; }
-.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: .3rem; margin-bottom: .3rem; }
-.row img { width: 100%; image-rendering: pixelated; display: block; }
-.row img.photo { image-rendering: auto; } .sheet { image-rendering: pixelated; max-width: 100%; }
-svg { width: 100%; max-width: 40rem; font: 12px system-ui, sans-serif; fill: currentColor; }
-svg .line { fill: none; stroke: var(--line); stroke-width: 2; }
-svg .grid { stroke: var(--rule); stroke-width: .5; } svg.bars { fill: var(--line); }
-pre { padding: .8rem; overflow-x: auto; }
-pre { background: color-mix(in srgb, currentColor 8%, transparent); }
-"""
 
 
 class Route(NamedTuple):
@@ -67,15 +47,8 @@ def write(path: Path, material: Material) -> None:
         _service_section(material),
         _commands_section(material),
     ]
-    body = "\n".join(sections)
-    path.write_text(
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>patchcache demo</title><style>{_STYLE}</style>"
-        f'<h1>patchcache demo</h1><p class="muted">Made in {material.elapsed_s:.0f} s.</p>'
-        f"{body}</html>\n",
-        encoding="utf-8",
-    )
+    lead = f"Made in {material.elapsed_s:.0f} s."
+    path.write_text(pages.document("patchcache demo", lead, sections), encoding="utf-8")
 
 
 def _route_sections(route: Route) -> str:
@@ -107,11 +80,11 @@ def _images_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
                 ("", pictures.token_map(sample.token_ids[view], size), "its token ids as colours"),
                 ("", again, "the centroids that the ids stand for"),
             )
-            cells = "".join(
-                f'<img class="{kind}" alt="{html.escape(text)}" src="{pictures.png(picture)}">'
-                for kind, picture, text in shown
+            rows.append(
+                pages.picture_row(
+                    (kind, pictures.png(picture), text) for kind, picture, text in shown
+                )
             )
-            rows.append(f'<div class="row">{cells}</div>')
         figures.append(
             f"<figure>{''.join(rows)}<figcaption>{html.escape(sample.key)}, "
             f"reconstruction {psnr(float(np.mean(errors))):.1f} dB</figcaption></figure>"

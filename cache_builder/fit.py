@@ -118,6 +118,11 @@ def run(options: FitOptions, progress: Progress | None = None) -> FitSummary:
             logger.info("%d units of the sample were there already", sample.num_units_kept)
         if not len(sample.points):
             raise SourceError(f"Not one image of {options.images} could be decoded.")
+        if isinstance(options.sample, int) and len(sample.points) < options.sample:
+            logger.warning(
+                "the images have only %s of the %s patches that were asked for",
+                f"{len(sample.points):,}", f"{options.sample:,}",
+            )  # fmt: skip
         fits = _fit_stages(options, sample.points, device, warm_start, progress)
         return _summarise(options, extractor, listing, sample, fits)
 

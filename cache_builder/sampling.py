@@ -16,7 +16,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -307,14 +307,15 @@ def _smallest_of_each_class(
 def _draws_of_units(
     listing: Listing, counts: dict[str, int], held_out: frozenset[str]
 ) -> Iterator[UnitDraw]:
-    """Yield the chosen images, never more of them at once than fit a message."""
+    """Yield the chosen images, about as many of them at once as fit a message."""
     number = 0
     for unit in listing.units:
         rows = [row for row in unit.rows if counts.get(row.key)]
-        while rows:
-            totals = accumulate(counts[row.key] for row in rows)
-            num_rows = max(1, sum(total <= _MAX_PATCHES_PER_TASK for total in totals))
-            part, rows = tuple(rows[:num_rows]), rows[num_rows:]
+        # Cut where the running total enters the next message's worth.
+        totals = accumulate(counts[row.key] for row in rows)
+        numbered = zip(totals, rows, strict=True)
+        for _, group in groupby(numbered, key=lambda pair: (pair[0] - 1) // _MAX_PATCHES_PER_TASK):
+            part = tuple(row for _, row in group)
             yield UnitDraw(
                 unit.model_copy(update={"unit": number, "rows": part}),
                 tuple(counts[row.key] for row in part),

@@ -41,6 +41,8 @@ from cache_builder.tokenizers.quantizer import residual
 
 _SEED = 0  # of the choice of images and of the shuffles
 _IMAGES_PER_BATCH = 16
+_MOST_FOR_ALL_TIES = 1024  # centroids
+_TIE_STRIDE = 11
 
 Progress = Callable[[int, int], None]
 
@@ -117,7 +119,8 @@ class Appraisal(NamedTuple):
     mse: float  # the same per value
     psnr_db: float | None  # of all pixels together; None where centroids are not pixels
     mean_image_psnr_db: float | None
-    near_tie_share: float | None  # of the first stage; None with one centroid
+    num_tie_patches: int  # whose second nearest centroid was looked for, in the first stage
+    near_tie_share: float | None  # of those; None with one centroid
     exact_tie_share: float | None  # of pixels
     agreement: Agreement
     labels: LabelQuality | None
@@ -203,6 +206,7 @@ class _Sums:
         self.squared_distance = 0.0
         self.num_near_ties = 0
         self.num_exact_ties = 0
+        self.num_tie_patches = 0
         self.image_mses: list[float] = []
 
     def add(self, pixels: Tensor) -> None:
@@ -212,15 +216,9 @@ class _Sums:
         left = features.reshape(-1, features.shape[-1])
         columns = []
         stages = tokenizer.quantizer.stages
+        self._add_ties(left)
         for number, stage in enumerate(stages):
-            if number == 0 and len(stage.centroids) > 1:
-                two, distances = stage.top_k(left, 2)
-                ids, nearest = two[:, 0], distances[:, 0]
-                near, exact = near_ties(nearest.cpu().numpy(), distances[:, 1].cpu().numpy())
-                self.num_near_ties += near
-                self.num_exact_ties += exact
-            else:
-                ids, nearest = stage.assign(left)
+            ids, nearest = stage.assign(left)
             columns.append(ids)
             self.counts[number] += np.bincount(ids.cpu().numpy(), minlength=len(stage.centroids))
             if number + 1 < len(stages):
@@ -234,6 +232,23 @@ class _Sums:
             errors = (pixels.double() - again.double()).square().mean((1, 2, 3))
             self.image_mses += errors.tolist()
 
+    def _add_ties(self, features: Tensor) -> None:
+        """Find the second nearest centroids of the first stage.
+
+        All centroids must be measured for that, many times the work of `assign` on real patches,
+        so with a large codebook it is done of one patch in eleven: few grids have that period.
+        """
+        first = self._tokenizer.quantizer.stages[0]
+        num_centroids = len(first.centroids)
+        if num_centroids == 1:
+            return
+        some = features[:: 1 if num_centroids <= _MOST_FOR_ALL_TIES else _TIE_STRIDE]
+        _, distances = first.top_k(some, 2)
+        near, exact = near_ties(distances[:, 0].cpu().numpy(), distances[:, 1].cpu().numpy())
+        self.num_near_ties += near
+        self.num_exact_ties += exact
+        self.num_tie_patches += len(some)
+
 
 def _conclude(
     tokenizer: PatchTokenizer,
@@ -246,8 +261,8 @@ def _conclude(
     token_ids = np.concatenate(sums.token_ids)
     num_tokens = token_ids.size
     objective = sums.squared_distance / num_tokens
-    ties = codebook.vocab_size > 1
-    exact = ties and codebook.centroids.dtype != np.float32
+    num_tied = sums.num_tie_patches
+    exact = num_tied and codebook.centroids.dtype != np.float32
     labels, labels_note = _labels(codebook, rows, token_ids)
     return Appraisal(
         tokenizer=tokenizer,
@@ -261,8 +276,9 @@ def _conclude(
         mse=objective / codebook.dim,
         psnr_db=psnr(float(np.mean(sums.image_mses))) if sums.image_mses else None,
         mean_image_psnr_db=_mean_psnr(sums.image_mses),
-        near_tie_share=sums.num_near_ties / num_tokens if ties else None,
-        exact_tie_share=sums.num_exact_ties / num_tokens if exact else None,
+        num_tie_patches=num_tied,
+        near_tie_share=sums.num_near_ties / num_tied if num_tied else None,
+        exact_tie_share=sums.num_exact_ties / num_tied if exact else None,
         agreement=neighbour_agreement(token_ids),
         labels=labels,
         labels_note=labels_note,

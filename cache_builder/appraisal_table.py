@@ -46,6 +46,7 @@ def appraisal_result(appraisal: Appraisal) -> dict[str, JsonValue]:
         "psnr_db": _finite(appraisal.psnr_db),
         "mean_image_psnr_db": _finite(appraisal.mean_image_psnr_db),
         "stages": [_stage_result(stage) for stage in appraisal.stages],
+        "num_tie_patches": appraisal.num_tie_patches,
         "near_tie_share": appraisal.near_tie_share,
         "exact_tie_share": appraisal.exact_tie_share,
         "neighbours": {name: _finite(value) for name, value in agreement._asdict().items()},
@@ -160,8 +161,9 @@ def _place_measures(appraisal: Appraisal) -> Iterator[Measure]:
             "near ties",
             f"{appraisal.near_tie_share:.3%}",
             "" if exact is None else f"exact {exact:.3%}",
-            "Patches whose second nearest centroid is at most 1e-4 of its squared distance further "
-            "than the nearest: another device may choose the other.",
+            f"Of {appraisal.num_tie_patches:,} patches, those whose two nearest centroids differ "
+            "by at most 1e-4 of the squared distance: another device may choose the other. An exact "
+            "tie of pixels goes to the lower id everywhere.",
         )
     agreement = appraisal.agreement
     for name, value in (("right", agreement.horizontal), ("below", agreement.vertical)):

@@ -207,3 +207,15 @@ def test_features_have_no_psnr_and_no_exact_ties(tmp_path, metric):
     assert found.counts.sum() == found.token_ids.size == 4 * 64
     if metric == "cosine":
         assert found.objective < 4  # the largest squared distance of unit vectors
+
+
+def test_ties_of_a_large_codebook_are_looked_for_in_one_patch_in_eleven(tmp_path, pictures):
+    colours = np.random.default_rng(0).integers(0, 256, (1025, 3)).astype(np.uint8)
+    colours[512:1024] = colours[:512]  # all but the last are twins
+    large = factories.write_codebook(tmp_path / "large.safetensors", colours=colours)
+    small = factories.write_codebook(tmp_path / "small.safetensors", colours=colours[:1024])
+    one, all_of_them = appraise(large, pictures), appraise(small, pictures)
+    assert all_of_them.num_tie_patches == 480
+    assert all_of_them.exact_tie_share == 1
+    assert 480 / 11 < one.num_tie_patches < 480 / 11 + 2
+    assert one.exact_tie_share > 0.9

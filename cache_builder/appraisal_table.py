@@ -162,8 +162,8 @@ def _place_measures(appraisal: Appraisal) -> Iterator[Measure]:
             f"{appraisal.near_tie_share:.3%}",
             "" if exact is None else f"exact {exact:.3%}",
             f"Of {appraisal.num_tie_patches:,} patches, those whose two nearest centroids differ "
-            "by at most 1e-4 of the squared distance: another device may choose the other. An exact "
-            "tie of pixels goes to the lower id everywhere.",
+            "by at most 1e-4 of the squared distance: another device may choose the other. An "
+            "exact tie of pixels goes to the lower id everywhere.",
         )
     agreement = appraisal.agreement
     for name, value in (("right", agreement.horizontal), ("below", agreement.vertical)):

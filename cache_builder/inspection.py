@@ -15,7 +15,7 @@ from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY
 from cache_builder.formats.shards import read_shard
-from cache_builder.quality import Usage, usage
+from cache_builder.quality import Usage, idle, usage
 
 Description = dict[str, JsonValue]
 
@@ -56,7 +56,8 @@ def describe_codebook(codebook: Codebook) -> Description:
         "grid": list(header.pixel_rule.grid),
         "num_points": header.num_points,
         "num_images": header.num_images,
-        "usage_in_fit": _usage(usage(codebook.counts[0])),
+        "usage_in_fit": _usage_in_fit(codebook.counts[0]),
+        "usage_in_fit_of_later_stages": [_usage_in_fit(counts) for counts in codebook.counts[1:]],
         "quality": dict(header.quality),
         "fit": dict(header.fit),
         "objective": list(header.objective),
@@ -141,6 +142,10 @@ def survey(cache: TokenCache) -> tuple[NDArray[np.int64], dict[int, int]]:
 
 def _class_name(names: tuple[str, ...], label: int) -> str:
     return names[label] if label < len(names) else str(label)
+
+
+def _usage_in_fit(counts: NDArray[np.int64]) -> Description:
+    return {**_usage(usage(counts)), **idle(counts)._asdict()}
 
 
 def _usage(value: Usage) -> Description:

@@ -22,7 +22,7 @@ def main():
         if not path.exists():
             print(f"skipped: {path} is not there; PATCHCACHE_TEST_DATA may name its folder")
             return
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # on a busy machine threads wait for each other
     tokenizers = (
         ("pixels", semantics.pixel_options(), "l2"),
         ("mobilenetv2", semantics.mobilenet_options(WEIGHTS), "l2"),

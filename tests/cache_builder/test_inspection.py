@@ -7,6 +7,7 @@ import pytest
 
 from cache_builder.errors import ArtifactError
 from cache_builder.formats import TokenCache
+from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
 from cache_builder.inspection import describe
 from tests import factories
 
@@ -48,6 +49,23 @@ def test_a_codebook_is_described(codebook_path):
     assert (description["vocab_size"], description["dim"], description["grid"]) == (6, 48, [4, 4])
     assert description["usage_in_fit"]["perplexity"] == 6
     assert json.loads(json.dumps(description)) == description
+
+
+def test_every_stage_is_described_with_its_use_in_the_fit(tmp_path):
+    codebook = Codebook(
+        np.zeros((2, 4, 48), np.int16),
+        np.array([[5, 5, 5, 5], [19, 1, 0, 0]]),
+        metric="l2",
+        pixel_rule=PixelRule(size=factories.SIZE, patch_size=factories.PATCH),
+        extractor=ExtractorSpec(id="pixel"),
+        num_points=20,
+    )
+    codebook.save(tmp_path / "c.safetensors")
+    description = describe(tmp_path / "c.safetensors")
+    assert description["usage_in_fit"]["num_dead"] == 0
+    (second,) = description["usage_in_fit_of_later_stages"]
+    assert (second["num_used"], second["num_dead"], second["num_single"]) == (2, 2, 1)
+    assert second["max_share"] == 0.95
 
 
 def test_a_shard_is_described_without_its_cache(tmp_path, codebook_path):

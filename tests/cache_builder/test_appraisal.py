@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from cache_builder import appraisal
+from cache_builder import appraisal, fit
 from cache_builder.appraisal_table import appraisal_result, measures, picked_text, warnings
 from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
 from cache_builder.imaging import patchify
 from cache_builder.sampling import held_out_keys
 from cache_builder.sources import open_source
+from cache_builder.tokenizers.features import FeatureOptions
 from tests import factories
 
 OFF_COLOUR = 3  # how far the pictures are from the centroids
@@ -219,3 +220,29 @@ def test_ties_of_a_large_codebook_are_looked_for_in_one_patch_in_eleven(tmp_path
     assert all_of_them.exact_tie_share == 1
     assert 480 / 11 < one.num_tie_patches < 480 / 11 + 2
     assert one.exact_tie_share > 0.9
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("stages", [1, 2])
+def test_an_appraisal_of_the_fits_own_source_finds_the_error_that_the_fit_held_out(
+    tmp_path, stages
+):
+    images = factories.write_folder(tmp_path / "images", factories.photo_images(60))
+    out = tmp_path / "c.safetensors"
+    summary = fit.run(
+        fit.FitOptions(
+            images=str(images),
+            out=out,
+            k=8,
+            features=FeatureOptions("pixel", image_size=32, patch_size=8),
+            stages=stages,
+            sample="all",
+            seed=3,
+        )
+    )
+    found = appraise(out, images)
+    assert len(found.rows) == 3
+    assert found.mse == pytest.approx(summary.held_out[-1].mse)
+    assert [stage.usage_in_fit.num_tokens for stage in found.stages] == [57 * 16] * stages

@@ -190,12 +190,12 @@ class _Run:
 
     def _update(self, found: Assignment, weights: Tensor) -> None:
         """Move every centroid towards its points; one without points stays where it is."""
-        moves = found.sums - found.counts[:, None] * self._centroids
-        centroids = self._centroids + moves / weights.clamp(min=1)[:, None]
-        whole = torch.equal(found.counts, weights)
-        if whole:
+        if torch.equal(found.counts, weights):
             # The mean itself, without the rounding of a move: integers stay exact.
             centroids = found.sums / found.counts.clamp(min=1)[:, None]
+        else:
+            moves = found.sums - found.counts[:, None] * self._centroids
+            centroids = self._centroids + moves / weights.clamp(min=1)[:, None]
         if self._spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
         self._centroids = torch.where(found.counts[:, None] > 0, centroids, self._centroids)

@@ -22,6 +22,7 @@ from cache_builder.tokenizers.tokenizer import choose_device
 
 _VALUES_PER_BLOCK = 1 << 24
 _MAX_ROWS_PER_BLOCK = 1 << 15
+_MAX_EXACT_ROWS = (1 << 24) // 255
 _SHARE_OF_GPU_MEMORY = 0.6  # of what is free, for points that stay there
 _BYTES_PER_MESSAGE = 1 << 26
 
@@ -96,7 +97,7 @@ class PointShard:
                 raise ConfigError(
                     "The features hold NaN or infinity. Check the model and its weights."
                 ) from exc
-            sums.index_add_(0, ids, points.double())
+            _add_up(sums, ids, points)
             ids, distances = ids.cpu(), distances.double().cpu()
             counts += ids.bincount(minlength=k)
             distortion.index_add_(0, ids, distances)
@@ -282,6 +283,16 @@ def pieces(points: PointSet, num_shards: int) -> list[tuple[int, list[Any]]]:
         ])
         for start, stop in pairwise(bounds)
     ]  # fmt: skip
+
+
+def _add_up(sums: Tensor, ids: Tensor, points: Tensor) -> None:
+    """Add points to the sums (K, D) float64 of their centroids."""
+    if points.dtype != torch.uint8 or len(points) > _MAX_EXACT_ROWS:
+        sums.index_add_(0, ids, points.double())
+        return
+    # So few bytes add up exactly in float32, which moves half the memory.
+    exact = torch.zeros(sums.shape, device=sums.device)
+    sums += exact.index_add_(0, ids, points.float())
 
 
 def _lots(numbers: Tensor, salt: int) -> Tensor:

@@ -8,6 +8,7 @@ from cache_builder.errors import ConfigError
 from cache_builder.kmeans import fit_centroids
 from cache_builder.point_shards import PointShard, RemoteShard, ShardedPoints, pieces
 from cache_builder.points import PointSet
+from cache_builder.tokenizers.quantizer import ResidualQuantizer
 from tests.cache_builder.test_kmeans import photo_patches
 
 
@@ -137,3 +138,20 @@ def test_features_that_are_not_finite_are_refused_wherever_they_lie(patches):
     points[-1, 0] = torch.nan
     with pytest.raises(ConfigError, match="hold NaN or infinity"):
         fit_centroids(spread(PointSet.of(points), 3), 30)
+
+
+def test_what_unit_vectors_leave_over_is_not_normalised(patches):
+    points = patches.float() + 1
+    shards = ShardedPoints.local(PointSet.of(points), "cosine", "cpu")
+    first = fit_centroids(shards, 30, metric="cosine")
+    torch.testing.assert_close(first.centroids.norm(dim=1), torch.ones(30))
+    shards.quantise(first.centroids)
+    second = fit_centroids(shards, 30, metric="cosine", spherical=False)
+    assert second.centroids.norm(dim=1).max() < 0.9
+    assert second.objective[-1] < 0.7 * first.objective[-1]
+    # The greedy search of the tokenizer comes to what the fit says.
+    units = torch.nn.functional.normalize(points, dim=1)
+    quantizer = ResidualQuantizer(torch.stack([first.centroids, second.centroids]))
+    again = quantizer.decode(quantizer.encode(units))
+    error = float((units - again).double().square().sum(1).mean())
+    assert error == pytest.approx(second.objective[-1], rel=1e-4)

@@ -35,6 +35,7 @@ _DIMS_TO_GROUP_BY = 16
 _ROWS_PER_TASK = 768  # of the compiled kernel; enough to keep a thread busy for milliseconds
 _ROWS_PER_BLOCK = 512  # of the torch form
 _ULP = 2.0**-24
+_LONGEST = 1e37  # |x - m|^2, so that no product of two such vectors overflows
 _CANCELLATION = 1e-10  # of the expanded square in float64, generously
 _MAX_EXACT_DIM = 1 << 10  # 2**24 / 128**2
 _TINY = torch.finfo(torch.float32).tiny
@@ -58,7 +59,9 @@ class Basis(NamedTuple):
         """Find the principal components of centroids (K, D) by subspace iteration."""
         exact = centroids.double()
         mean = exact.mean(0).float()
-        centred = (exact - mean).float()
+        centred = exact - mean
+        # Of a scale at which no sum overflows; the directions do not depend on it.
+        centred = (centred / centred.abs().max().clamp(min=_TINY)).float()
         dim = centred.shape[1]
         generator = torch.Generator().manual_seed(0)
         vectors = torch.randn(dim, min(dim, PREFIXES[-1]), generator=generator)
@@ -115,12 +118,18 @@ class PrefixSearch:
             Ids (n,) int64, -1 for a row that is not finite or too long for float32; squared
             distances (n,), int64 or float64; and how many centroids were measured per row.
         """
-        ids = torch.empty(len(x), dtype=torch.int64)
-        dtype = torch.float64 if x.dtype == torch.float32 else torch.int64
-        distances = torch.empty(len(x), dtype=dtype)
-        search = self._assign_compiled if self._compiled else self._assign_in_torch
-        measured = search(x, hints, ids, distances)
-        return ids, distances, measured / max(len(x), 1)
+        if self._compiled:
+            ids, distances, measured = self._run_kernel(x, 1, hints)
+            return ids.squeeze(1), distances.squeeze(1), measured
+        return self._assign_in_torch(x, hints)
+
+    def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """Find the k nearest centroids of rows, nearest first, as (n, k) each.
+
+        Returns:
+            What `assign` returns without the count, or None without the compiled kernels.
+        """
+        return self._run_kernel(x, k, None)[:2] if self._compiled else None
 
     def cost(self, num_measured: float) -> float:
         """Return the cost of a row, in multiply-adds, when so many centroids are measured."""
@@ -163,18 +172,18 @@ class PrefixSearch:
         )  # fmt: skip
         return index, held
 
-    def _assign_compiled(
-        self, x: Tensor, hints: Tensor | None, ids: Tensor, distances: Tensor
-    ) -> int:
+    def _run_kernel(self, x: Tensor, k: int, hints: Tensor | None) -> tuple[Tensor, Tensor, float]:
         compiled = self._compiled
         assert compiled is not None
         index = ctypes.byref(self._index)
+        ids = torch.empty(len(x), k, dtype=torch.int64)
+        distances = torch.empty(len(x), k, dtype=_distance_type(x))
 
         def task(rows: slice) -> int:
             parts = [x[rows], ids[rows], distances[rows]]
             hint = None if hints is None else hints[rows].data_ptr()
             measured: int = compiled.assign(
-                index, parts[0].data_ptr(), len(parts[0]), hint,
+                index, parts[0].data_ptr(), len(parts[0]), k, hint,
                 parts[1].data_ptr(), parts[2].data_ptr(),
             )  # fmt: skip
             return measured
@@ -182,20 +191,22 @@ class PrefixSearch:
         slices = [slice(i, i + _ROWS_PER_TASK) for i in range(0, len(x), _ROWS_PER_TASK)]
         num_threads = min(torch.get_num_threads(), len(slices))
         if num_threads < 2:
-            return sum(map(task, slices))
-        with ThreadPoolExecutor(num_threads) as threads:
-            return sum(threads.map(task, slices))
+            measured = sum(map(task, slices))
+        else:
+            with ThreadPoolExecutor(num_threads) as threads:
+                measured = sum(threads.map(task, slices))
+        return ids, distances, measured / max(len(x), 1)
 
-    def _assign_in_torch(
-        self, x: Tensor, hints: Tensor | None, ids: Tensor, distances: Tensor
-    ) -> int:
+    def _assign_in_torch(self, x: Tensor, hints: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        ids = torch.empty(len(x), dtype=torch.int64)
+        distances = torch.empty(len(x), dtype=_distance_type(x))
         measured = 0
         for start in range(0, len(x), _ROWS_PER_BLOCK):
             rows = slice(start, start + _ROWS_PER_BLOCK)
             hint = None if hints is None else hints[rows]
             ids[rows], distances[rows], num = self._assign_block(x[rows], hint)
             measured += num
-        return measured
+        return ids, distances, measured / max(len(x), 1)
 
     def _assign_block(self, x: Tensor, hints: Tensor | None) -> tuple[Tensor, Tensor, int]:
         centred = x.float() - self._basis.mean
@@ -224,7 +235,7 @@ class PrefixSearch:
         winners = found == best[row]
         ids = torch.where(first == best, hints, len(self._centroids))
         ids = ids.scatter_reduce(0, row[winners], candidate[winners], "amin")
-        ids[~norms.isfinite()] = -1
+        ids[~(norms < _LONGEST)] = -1
         return ids, best, len(x) + len(row)
 
     def _measure(self, x: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:
@@ -259,6 +270,10 @@ class PrefixSearch:
         return (bound + 2 * _ULP * bound.abs()).float()
 
 
+def _distance_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float32 else torch.int64
+
+
 def _products_of_pairs(x: Tensor, centroids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return x[rows] . centroids[columns], without a copy of either; rows must ascend."""
     starts = torch.zeros(len(x) + 1, dtype=torch.int64)
@@ -284,6 +299,8 @@ def make_plan(centroids: Tensor, sample: Tensor) -> Plan:
     basis = Basis.of(centroids)
     projected = (centroids.float() - basis.mean) @ basis.vectors[:, :_DIMS_TO_GROUP_BY]
     plan = Plan(basis, None, _neighbours_together(projected))
+    if float((centroids.double() - basis.mean.double()).square().sum(1).max()) > _LONGEST:
+        return plan
     rows = sample[:: max(1, len(sample) // _ROWS_TO_CHOOSE)][:_ROWS_TO_CHOOSE].contiguous()
     num_centroids, dim = centroids.shape
     least = _COST_OF_DENSE * num_centroids * dim

@@ -25,6 +25,7 @@ from cache_builder.tokenizers.prefix import Plan, PrefixSearch, make_plan
 _MIN_CENTROIDS = 256
 _MIN_DIM = 32
 _MIN_ROWS = 64
+_MAX_SEARCHED = 64  # neighbours; a limit that lets more pass excludes too little
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
@@ -112,11 +113,15 @@ class CentroidIndex:
         num_centroids = len(self.centroids)
         if not 0 < k <= num_centroids:
             raise ValueError(f"k must be 1 to {num_centroids:,}, not {k:,}")
-        form = self._dense_form(x)
-        ids = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-        distances = torch.empty(len(x), k, dtype=form.distance_dtype, device=x.device)
-        for rows, *found in in_blocks(lambda block: form.top_k(block, k), x, num_centroids):
-            ids[rows], distances[rows] = found
+        kind = self._kind(x)
+        search = self._search(x, kind) if k <= _MAX_SEARCHED else None
+        found = search.top_k(x.to(kind).contiguous(), k) if search else None
+        if found is None:
+            return self._top_k_dense(x, k)
+        ids, distances = found
+        odd = ids[:, 0] < 0
+        if odd.any():
+            ids[odd], distances[odd] = self._top_k_dense(x[odd], k)
         return ids, distances
 
     def _check(self, x: Tensor) -> None:
@@ -153,6 +158,14 @@ class CentroidIndex:
         ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
         distances = torch.empty(len(x), dtype=form.distance_dtype, device=x.device)
         for rows, *found in in_blocks(form.assign, x, len(self.centroids)):
+            ids[rows], distances[rows] = found
+        return ids, distances
+
+    def _top_k_dense(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        form = self._dense_form(x)
+        ids = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+        distances = torch.empty(len(x), k, dtype=form.distance_dtype, device=x.device)
+        for rows, *found in in_blocks(lambda block: form.top_k(block, k), x, len(self.centroids)):
             ids[rows], distances[rows] = found
         return ids, distances
 

@@ -65,6 +65,7 @@ PATCHCACHE_PUBLIC int64_t patchcache_choose(const char* name) {
 }
 
 PATCHCACHE_PUBLIC int64_t patchcache_assign(const PatchcacheIndex* index, const void* x, int64_t n,
-                                            const int64_t* hints, int64_t* ids, void* distances) {
-    return chosen->assign(index, x, n, hints, ids, distances);
+                                            int64_t k, const int64_t* hints, int64_t* ids,
+                                            void* distances) {
+    return chosen->assign(index, x, n, k, hints, ids, distances);
 }

@@ -9,7 +9,7 @@ from cache_builder.tokenizers.kernels.build import LIBRARY
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # PATCHCACHE_VERSION of nearest.h
+_VERSION = 2  # PATCHCACHE_VERSION of nearest.h
 GROUP = 64  # centroids per panel, kGroup of nearest.cpp
 
 
@@ -41,7 +41,7 @@ class Kernels:
         self.assign: Any = library.patchcache_assign
         self.assign.restype = ctypes.c_int64
         self.assign.argtypes = [
-            ctypes.POINTER(Index), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+            ctypes.POINTER(Index), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
             ctypes.c_void_p, ctypes.c_void_p,
         ]  # fmt: skip
 

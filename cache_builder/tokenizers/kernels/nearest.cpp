@@ -19,6 +19,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -35,6 +36,7 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned
 typedef int Mask __attribute__((vector_size(kLanes * sizeof(int)), aligned(4)));
 
 constexpr double kUlp = 1.0 / (1 << 24);
+constexpr double kLongest = 1e37;  // |x - m|^2, so that no product of two such vectors overflows
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
@@ -144,16 +146,25 @@ class Assignment {
           query_(kRowsPerBlock * terms_),
           bounds_(kRowsPerBlock * width_) {}
 
-    int64_t run(const Value* x, int64_t n, const int64_t* hints, int64_t* ids,
+    int64_t run(const Value* x, int64_t n, int64_t k, const int64_t* hints, int64_t* ids,
                 Distance* distances) {
         evaluations_ = 0;
+        nearest_.resize(k);
+        first_.resize(k);
         for (int64_t start = 0; start < n; start += kRowsPerBlock) {
             const int count = static_cast<int>(std::min<int64_t>(kRowsPerBlock, n - start));
             project(x + start * index_.dim, count);
             bound(count);
-            for (int r = 0; r < count; ++r)
-                decide(r, x + (start + r) * index_.dim, hints ? hints[start + r] : -1,
-                       ids + start + r, distances + start + r);
+            for (int r = 0; r < count; ++r) {
+                const int64_t row = start + r;
+                if (!(norms2_[r] < kLongest))  // not a number, or too long for float32
+                    std::fill_n(ids + row * k, k, -1);
+                else if (k == 1)
+                    decide(r, x + row * index_.dim, hints ? hints[row] : -1, ids + row,
+                           distances + row);
+                else
+                    rank(r, x + row * index_.dim, ids + row * k, distances + row * k);
+            }
         }
         return evaluations_;
     }
@@ -207,19 +218,12 @@ class Assignment {
 
     void decide(int r, const Value* x, int64_t hint, int64_t* id, Distance* distance) {
         const float* bounds = &bounds_[r * width_];
-        if (!std::isfinite(norms2_[r])) {  // not a number, or too long for float32
-            *id = -1;
-            return;
-        }
         if (hint < 0) hint = index_.order[smallest(bounds)];
         Distance best = measure(x, hint);
         int64_t nearest = hint;
         float threshold = margin_.threshold(static_cast<double>(best), norms2_[r], residuals_[r]);
         for (int64_t j = 0; j < width_; j += kColumns) {
-            Mask below = Mask{};
-            for (int v = 0; v < kVectors; ++v)
-                below |= load(bounds + j + v * kLanes) <= threshold;
-            if (!any(below)) continue;
+            if (none_below(bounds + j, threshold)) continue;
             for (int64_t i = j; i < j + kColumns; ++i) {
                 const int64_t candidate = index_.order[i];
                 if (!(bounds[i] <= threshold) || candidate < 0 || candidate == hint) continue;
@@ -236,6 +240,65 @@ class Assignment {
         }
         *id = nearest;
         *distance = best;
+    }
+
+    // The k nearest: those with the smallest bounds give a limit, and every centroid whose bound
+    // does not exceed it is measured.
+    void rank(int r, const Value* x, int64_t* ids, Distance* distances) {
+        const float* bounds = &bounds_[r * width_];
+        const size_t k = nearest_.size();
+        smallest(bounds, first_);
+        for (size_t i = 0; i < k; ++i) {
+            const int64_t candidate = index_.order[first_[i].second];
+            nearest_[i] = {measure(x, candidate), candidate};
+        }
+        std::sort(nearest_.begin(), nearest_.end());
+        const auto limit = [&] {
+            return margin_.threshold(static_cast<double>(nearest_[k - 1].first), norms2_[r],
+                                     residuals_[r]);
+        };
+        const std::pair<float, int64_t> last = first_[k - 1];
+        float threshold = limit();
+        for (int64_t j = 0; j < width_; j += kColumns) {
+            if (none_below(bounds + j, threshold)) continue;
+            for (int64_t i = j; i < j + kColumns; ++i) {
+                const int64_t candidate = index_.order[i];
+                const bool measured = std::make_pair(bounds[i], i) <= last;
+                if (!(bounds[i] <= threshold) || candidate < 0 || measured) continue;
+                const std::pair<Distance, int64_t> found{measure(x, candidate), candidate};
+                if (!(found < nearest_[k - 1])) continue;
+                insert(nearest_, found);
+                threshold = limit();
+            }
+        }
+        for (size_t i = 0; i < k; ++i) {
+            distances[i] = nearest_[i].first;
+            ids[i] = nearest_[i].second;
+        }
+    }
+
+    // The columns with the smallest bounds, in order of bound and column.
+    void smallest(const float* bounds, std::vector<std::pair<float, int64_t>>& found) const {
+        std::fill(found.begin(), found.end(), std::make_pair(FLT_MAX, width_));
+        for (int64_t j = 0; j < width_; j += kColumns) {
+            if (none_below(bounds + j, found.back().first)) continue;
+            for (int64_t i = j; i < j + kColumns; ++i)
+                if (index_.order[i] >= 0 && std::make_pair(bounds[i], i) < found.back())
+                    insert(found, std::make_pair(bounds[i], i));
+        }
+    }
+
+    // Put a value where it belongs in a sorted list; the last one leaves it.
+    template <typename Pair> static void insert(std::vector<Pair>& sorted, const Pair& value) {
+        size_t i = sorted.size() - 1;
+        for (; i > 0 && value < sorted[i - 1]; --i) sorted[i] = sorted[i - 1];
+        sorted[i] = value;
+    }
+
+    static bool none_below(const float* bounds, float threshold) {
+        Mask below = Mask{};
+        for (int v = 0; v < kVectors; ++v) below |= load(bounds + v * kLanes) <= threshold;
+        return !any(below);
     }
 
     int64_t smallest(const float* bounds) const {
@@ -272,25 +335,27 @@ class Assignment {
     const Margin margin_;
     const int64_t width_, basis_columns_, terms_;
     std::vector<float> centred_, projected_, query_, bounds_;
+    std::vector<std::pair<float, int64_t>> first_;       // bound and column
+    std::vector<std::pair<Distance, int64_t>> nearest_;  // distance and centroid
     double norms2_[kRowsPerBlock], residuals_[kRowsPerBlock];
     int64_t evaluations_ = 0;
 };
 
 template <typename Value>
-int64_t assign(const PatchcacheIndex& index, const void* x, int64_t n, const int64_t* hints,
-               int64_t* ids, void* distances) {
+int64_t assign(const PatchcacheIndex& index, const void* x, int64_t n, int64_t k,
+               const int64_t* hints, int64_t* ids, void* distances) {
     typedef typename DistanceOf<Value>::type Distance;
-    return Assignment<Value>(index).run(static_cast<const Value*>(x), n, hints, ids,
+    return Assignment<Value>(index).run(static_cast<const Value*>(x), n, k, hints, ids,
                                         static_cast<Distance*>(distances));
 }
 
 }  // namespace
 
-int64_t PATCHCACHE_VARIANT(const PatchcacheIndex* index, const void* x, int64_t n,
+int64_t PATCHCACHE_VARIANT(const PatchcacheIndex* index, const void* x, int64_t n, int64_t k,
                            const int64_t* hints, int64_t* ids, void* distances) {
     switch (index->type) {
-        case PATCHCACHE_UINT8: return assign<uint8_t>(*index, x, n, hints, ids, distances);
-        case PATCHCACHE_INT16: return assign<int16_t>(*index, x, n, hints, ids, distances);
-        default: return assign<float>(*index, x, n, hints, ids, distances);
+        case PATCHCACHE_UINT8: return assign<uint8_t>(*index, x, n, k, hints, ids, distances);
+        case PATCHCACHE_INT16: return assign<int16_t>(*index, x, n, k, hints, ids, distances);
+        default: return assign<float>(*index, x, n, k, hints, ids, distances);
     }
 }

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define PATCHCACHE_VERSION 1  // of what follows
+#define PATCHCACHE_VERSION 2  // of what follows
 
 enum { PATCHCACHE_UINT8 = 0, PATCHCACHE_INT16 = 1, PATCHCACHE_FLOAT32 = 2 };
 
@@ -21,8 +21,8 @@ struct PatchcacheIndex {
     const void* centroids;    // (K, D)
 };
 
-// Writes ids (n,) and squared distances (n,), int64 or, for float32, double. `hints` (n,) are
-// likely ids, or null. An id is -1 where a row is not finite or too long for float32. Returns the
-// number of distances measured.
-typedef int64_t PatchcacheAssign(const PatchcacheIndex* index, const void* x, int64_t n,
+// Writes the k nearest of every row, nearest first: ids (n, k) and squared distances (n, k), int64
+// or, for float32, double. `hints` (n,) are likely ids, or null; they are of use for k = 1. Ids are -1
+// where a row is not finite or too long for float32. Returns the number of distances measured.
+typedef int64_t PatchcacheAssign(const PatchcacheIndex* index, const void* x, int64_t n, int64_t k,
                                  const int64_t* hints, int64_t* ids, void* distances);

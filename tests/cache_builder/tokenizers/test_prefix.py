@@ -136,6 +136,48 @@ def test_hints_right_and_wrong_change_nothing_but_the_work(mode):
     assert measured[0] < measured[1]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize("k", [1, 2, 7, 64])
+def test_the_k_nearest_come_in_order_and_ties_go_to_the_lowest_index(mode, dtype, k):
+    rng = np.random.default_rng(14)
+    once = correlated(rng, 100, dtype)
+    centroids = torch.from_numpy(once[rng.permutation(np.arange(100).repeat(3))])
+    x = torch.from_numpy(np.concatenate([once[:50], correlated(rng, 100, dtype)]))
+    index = CentroidIndex(centroids)
+    index._plan = plan(centroids, 24)
+    ids, distances = index.top_k(x, k)
+    exact = torch.float64 if x.is_floating_point() else torch.int64
+    every = torch.stack([(row.to(exact) - centroids.to(exact)).square().sum(1) for row in x])
+    nearest, order = every.sort(dim=1, stable=True)
+    torch.testing.assert_close(distances, nearest[:, :k].to(distances.dtype), rtol=1e-12, atol=0)
+    assert torch.equal(ids, order[:, :k])
+    assert torch.equal(ids[:, 0], index.assign(x)[0])
+
+
+def test_rows_without_a_bound_are_ranked_by_the_whole_matrix(mode):
+    rng = np.random.default_rng(15)
+    centroids = torch.from_numpy(correlated(rng, K))
+    x = torch.from_numpy(correlated(rng, 100))
+    x[7] = 1e30
+    index = CentroidIndex(centroids)
+    index._plan = plan(centroids, 24)
+    ids, distances = index.top_k(x, 3)
+    every = (x[7].double() - centroids.double()).square().sum(1)
+    assert torch.equal(ids[7], every.sort(stable=True).indices[:3])
+    assert distances[7, 0] == every.min()
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e25])
+def test_centroids_too_long_for_a_bound_in_float32(mode, scale):
+    rng = np.random.default_rng(16)
+    signs = np.sign(rng.normal(size=(400, 1)))
+    centroids = torch.from_numpy((correlated(rng, 400) * signs * scale).astype(np.float32))
+    x = torch.from_numpy(np.concatenate([correlated(rng, 100), correlated(rng, 100) * scale]))
+    x = x.float()
+    ids, _ = CentroidIndex(centroids).assign(x)
+    np.testing.assert_array_equal(ids, brute_force(x.numpy(), centroids.numpy())[0])
+
+
 def test_rows_that_float32_cannot_bound_are_left_to_the_caller(mode):
     rng = np.random.default_rng(9)
     centroids = torch.from_numpy(correlated(rng, K))

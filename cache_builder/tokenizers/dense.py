@@ -23,27 +23,35 @@ _SCORES_PER_BLOCK_ON_GPU = 1 << 26
 _VALUES_PER_BLOCK = 1 << 20  # of the float64 copies of candidates
 _CENTRE = 128  # uint8 minus this is exact in every floating type down to bf16
 _MAX_EXACT = 1 << 24  # integers up to this are exact in float32
+_MAX_EXACT_HALF = 1 << 23  # and halves up to this
 _UNDERFLOW = torch.finfo(torch.float32).tiny  # what products of tiny values lose
 _SPARE_CANDIDATES = 8  # beyond k, so that hardly any row has more
 
 
 class IntegerForm:
-    """Exact distances of uint8 or int16 rows to uint8 or int16 centroids."""
+    """Exact distances of uint8 or int16 rows to uint8 or int16 centroids.
+
+    The score of a centroid is |c|^2 / 2 - x.c, around the centre: half the squared distance less
+    |x|^2. Its terms are exact. In float32 the difference is exact as well as long as it is below
+    2**23, and larger ones are rounded in their order, so that a smallest score below 2**23 is
+    right; the rare rows without one are decided in float64.
+    """
 
     distance_dtype = torch.int64
 
-    def __init__(self, centroids: Tensor) -> None:
-        """Prepare (K, D) uint8 or int16 centroids."""
+    def __init__(self, centroids: Tensor, *, wide: bool = False) -> None:
+        """Prepare (K, D) uint8 or int16 centroids; `wide` computes in float64."""
         self._centroids = centroids
         # Products of two centred uint8 values summed D times stay exact in float32 up to this D.
-        small = centroids.dtype == torch.uint8 and centroids.shape[1] < _MAX_EXACT // _CENTRE**2
-        self._dtype = torch.float32 if small else torch.float64
-        if small and centroids.is_cuda and _half_sums_are_exact(centroids.device):
-            self._dtype = torch.float16
-        self._centred = (centroids.to(torch.int32) - _CENTRE).T.contiguous().to(self._dtype)
-        # |c|^2 - 2 x.c passes 2**24, so the last step is done in integers.
-        self._integer = torch.int32 if small else torch.int64
-        self._norms = (centroids.to(torch.int64) - _CENTRE).square().sum(1).to(self._integer)
+        short = centroids.dtype == torch.uint8 and centroids.shape[1] < _MAX_EXACT // _CENTRE**2
+        self._wide = wide or not short
+        self._dtype = torch.float64 if self._wide else torch.float32
+        half = not self._wide and centroids.is_cuda and _half_sums_are_exact(centroids.device)
+        self._input_dtype = torch.float16 if half else self._dtype
+        centred = centroids.to(torch.int32) - _CENTRE
+        self._centred = centred.T.contiguous().to(self._input_dtype)
+        norms = centred.to(torch.int64).square().sum(1)
+        self._half_norms = (norms.double() / 2).to(self._dtype)
 
     def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids and squared distances, int64, of one block of rows."""
@@ -53,7 +61,11 @@ class IntegerForm:
         tied = (scores == best[:, None]).sum(1) > 1
         if tied.any():
             ids[tied] = (scores[tied] == best[tied, None]).to(torch.uint8).argmax(1)
-        return ids, best + norms
+        distances = (2 * best.double()).to(torch.int64) + norms
+        far = self._beyond_exact(best)
+        if far is not None:
+            ids[far], distances[far] = IntegerForm(self._centroids, wide=True).assign(x[far])
+        return ids, distances
 
     def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k nearest of one block of rows, nearest first."""
@@ -61,15 +73,28 @@ class IntegerForm:
         num_centroids = scores.shape[1]
         columns = torch.arange(num_centroids, device=x.device)
         # One integer orders by distance and then by index.
-        ranked = (scores.to(torch.int64) * num_centroids + columns).topk(k, largest=False).values
+        twice = (2 * scores.double()).to(torch.int64)
+        ranked = (twice * num_centroids + columns).topk(k, largest=False).values
+        ids = ranked.remainder(num_centroids)
         distances = ranked.div(num_centroids, rounding_mode="floor") + norms[:, None]
-        return ranked.remainder(num_centroids), distances
+        far = self._beyond_exact(scores.gather(1, ids[:, -1:]).squeeze(1))
+        if far is not None:
+            ids[far], distances[far] = IntegerForm(self._centroids, wide=True).top_k(x[far], k)
+        return ids, distances
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return |c|^2 - 2 x.c (n, K) and |x|^2 (n,), both around the centre."""
+        """Return |c|^2 / 2 - x.c (n, K) and |x|^2 (n,), both around the centre."""
         centred = x.to(torch.int32) - _CENTRE
-        products = _product(centred.to(self._dtype), self._centred).to(self._integer)
-        return self._norms - 2 * products, centred.to(torch.int64).square().sum(1)
+        scores = _product(centred.to(self._input_dtype), self._centred)
+        torch.sub(self._half_norms, scores, out=scores)
+        return scores, centred.to(torch.int64).square().sum(1)
+
+    def _beyond_exact(self, best: Tensor) -> Tensor | None:
+        """Return the rows whose best score float32 may have rounded, None if there are none."""
+        if self._wide:
+            return None
+        far = best >= _MAX_EXACT_HALF
+        return far if far.any() else None
 
 
 class FloatForm:

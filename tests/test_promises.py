@@ -13,6 +13,7 @@ from cache_builder.imaging import apply_view, decode
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions
 from tests import factories
+from tests.tokenizers_svc.support import wait_ready
 from tokenizers_svc.app import create_app
 from trainer import evaluate, train
 from trainer.config import load_config
@@ -60,6 +61,7 @@ def test_cache_service_and_library_give_the_same_tokens_for_the_same_view(
     )  # fmt: skip
     tokenizer = PatchTokenizer.load(codebook_path)
     with TokenCache.open(tmp_path / "cache") as cache, TestClient(create_app(tokenizer)) as client:
+        wait_ready(client)
         for sample in (cache[index] for index in range(len(cache))):
             picture = decode(sample.image)
             for box, cached in zip(sample.views.tolist(), sample.token_ids, strict=True):

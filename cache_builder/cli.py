@@ -187,8 +187,11 @@ def fit(
 @app.command()
 def build(
     images: Images,
-    codebook: Annotated[Path, typer.Option(help="What `patchcache fit` wrote.")],
-    out: Annotated[Path, typer.Option(help="The cache, a directory.")],
+    codebook: Annotated[
+        list[str],
+        typer.Option(help="What `patchcache fit` wrote; several are made from one decode."),
+    ],
+    out: Annotated[str, typer.Option(help="The cache: a directory, s3://, gs:// or az://.")],
     views: Annotated[int, typer.Option(min=1, help="Crops per image; the first is centred.")] = 1,
     scale: Annotated[str, typer.Option(help="LOW,HIGH share of the picture in a crop.")] = "0.2,1",
     ratio: Annotated[str, typer.Option(help="LOW,HIGH width / height of a crop.")] = "3/4,4/3",
@@ -239,7 +242,8 @@ def build(
         summary = job.run(
             job.BuildOptions(
                 images=images,
-                codebook=codebook,
+                codebook=codebook[0],
+                further_codebooks=tuple(codebook[1:]),
                 out=out,
                 num_views=views,
                 scale=pair("--scale", scale),
@@ -268,7 +272,7 @@ def build(
 
 @app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(help="A finished cache.")],
+    cache: Annotated[str, typer.Argument(help="A finished cache.")],
     retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
     images: Annotated[
         str | None, typer.Option(help="Where the images of a cache without images lie now.")
@@ -382,7 +386,7 @@ def serve(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe of ours (beit, beit_drop) or a .toml.")],
-    cache: Annotated[Path, typer.Option(help="A finished cache.")],
+    cache: Annotated[str, typer.Option(help="A finished cache.")],
     out: Annotated[
         Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE.")
     ] = None,
@@ -411,10 +415,10 @@ def train(
 def probe(
     checkpoint: Annotated[Path, typer.Argument(help="What `patchcache train` wrote.")],
     cache: Annotated[
-        Path | None, typer.Option(help="A labelled cache; default the one trained on.")
+        str | None, typer.Option(help="A labelled cache; default the one trained on.")
     ] = None,
     test_cache: Annotated[
-        Path | None, typer.Option(help="Test on this cache; default a fifth of the first.")
+        str | None, typer.Option(help="Test on this cache; default a fifth of the first.")
     ] = None,
     images: Annotated[
         str | None, typer.Option(help="Where the images of a cache without images lie now.")

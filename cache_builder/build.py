@@ -94,7 +94,16 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
     with store.lock(holder()):
         listing = open_source(options.images).scan(options.unit_size)
         spec = _cache_spec(options, codebook, listing)
-        layers = [_layer_spec(options, spec, each) for each in further]
+        layers = [
+            layer_spec(
+                spec,
+                each,
+                soft_top_k=options.soft_top_k,
+                soft_temperature=options.soft_temperature,
+                store_features=options.store_features,
+            )
+            for each in further
+        ]
         _refuse_twins(spec, layers)
         plan = settle_plan(store, spec, listing.units, codebook, layers)
         task = BuildTask(
@@ -125,7 +134,8 @@ def build_targets(
     """
     reports = []
     worker = partial(BuildWorker, task)
-    for report in map_units(worker, range(plan.num_units), cluster):
+    units = range(plan.num_units) if task.names else ()
+    for report in map_units(worker, units, cluster) if units else ():
         reports.append(report)
         if progress:
             progress(report, plan.spec.source.num_samples)
@@ -177,26 +187,37 @@ def layer_name(spec: CacheSpec) -> str:
     return f"targets/{spec.fingerprint[:12]}-{spec.view_spec.first_view:03d}"
 
 
-def _layer_spec(options: BuildOptions, base: CacheSpec, codebook: Codebook) -> LayerSpec:
-    """Return a layer with the views of the cache and another tokenizer."""
+def layer_spec(
+    base: CacheSpec,
+    codebook: Codebook,
+    *,
+    soft_top_k: int | None,
+    soft_temperature: float | None,
+    store_features: FeatureType | None,
+) -> LayerSpec:
+    """Return a layer with the views of a cache and another tokenizer.
+
+    Features are stored where there are any: a pixel tokenizer has none.
+    """
     rule = codebook.pixel_rule
     has_features = codebook.extractor.id != "pixel"
+    views = base.view_spec.model_copy(
+        update={
+            "size": rule.size,
+            "patch_size": rule.patch_size,
+            "interpolation": rule.interpolation,
+        }
+    )
     spec = base.model_copy(
         update={
             "fingerprint": codebook.fingerprint,
             "vocab_size": codebook.vocab_size,
             "num_stages": codebook.num_stages,
             "grid": rule.grid,
-            "view_spec": base.view_spec.model_copy(
-                update={
-                    "size": rule.size,
-                    "patch_size": rule.patch_size,
-                    "interpolation": rule.interpolation,
-                }
-            ),
+            "view_spec": views,
             "images_in_cache": "none",
-            "soft": soft_spec(codebook, options.soft_top_k, options.soft_temperature),
-            "features": feature_spec(codebook, options.store_features if has_features else None),
+            "soft": soft_spec(codebook, soft_top_k, soft_temperature),
+            "features": feature_spec(codebook, store_features if has_features else None),
         }
     )
     return LayerSpec(layer_name(spec), spec, codebook)

@@ -20,7 +20,7 @@ from cache_builder.formats.manifest import (
     read_model,
     unit_record_name,
 )
-from cache_builder.sources import open_source
+from cache_builder.sources import Source, open_source
 from cache_builder.stores import Store, open_store
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.units import Picture, Target, build_unit
@@ -57,7 +57,6 @@ class BuildWorker:
         """Open the cache; tokenizers are loaded when the first unit needs them."""
         self._task = task
         self._store = open_store(task.cache)
-        self._source = open_source(task.images)
         self._stores = {
             name: layer_store(self._store, name) if name else self._store for name in task.names
         }
@@ -124,6 +123,11 @@ class BuildWorker:
                 yield Picture(row, sample.image)
         finally:
             shard.close()
+
+    @cached_property
+    def _source(self) -> Source:
+        # A cache with images is extended without its source, which may be gone.
+        return open_source(self._task.images)
 
     @cached_property
     def _base(self) -> BuildPlan:

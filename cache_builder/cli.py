@@ -16,6 +16,7 @@ import typer
 from cache_builder import __version__
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
+    IMAGES,
     Device,
     GpusPerWorker,
     Images,
@@ -26,12 +27,19 @@ from cache_builder.cli_options import (
     model_args,
     number_or_all,
     pair,
+    refuse_given,
     triple,
 )
 from cache_builder.errors import ConfigError
 
 if TYPE_CHECKING:
     from cache_builder.appraisal import AppraisalOptions
+
+# What a finished cache has settled.
+_SETTLED = (
+    "scale", "ratio", "hflip", "seed", "layout", "images_in_cache", "resized_short_side",
+    "jpeg_quality", "unit_size",
+)  # fmt: skip
 
 app = typer.Typer(
     name="patchcache",
@@ -186,13 +194,21 @@ def fit(
 
 @app.command()
 def build(
-    images: Images,
-    codebook: Annotated[
-        list[str],
-        typer.Option(help="What `patchcache fit` wrote; several are made from one decode."),
-    ],
+    context: typer.Context,
     out: Annotated[str, typer.Option(help="The cache: a directory, s3://, gs:// or az://.")],
-    views: Annotated[int, typer.Option(min=1, help="Crops per image; the first is centred.")] = 1,
+    images: Annotated[str | None, IMAGES] = None,
+    codebook: Annotated[
+        list[str] | None,
+        typer.Option(help="What `patchcache fit` wrote; several are made from one decode."),
+    ] = None,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Give a finished cache more --views or further --codebook."),
+    ] = False,
+    views: Annotated[
+        int | None,
+        typer.Option(min=1, help="Crops per image; default 1, which is centred, or as before."),
+    ] = None,
     scale: Annotated[str, typer.Option(help="LOW,HIGH share of the picture in a crop.")] = "0.2,1",
     ratio: Annotated[str, typer.Option(help="LOW,HIGH width / height of a crop.")] = "3/4,4/3",
     hflip: Annotated[float, typer.Option(min=0, max=1, help="Share of mirrored crops.")] = 0.5,
@@ -234,36 +250,64 @@ def build(
 
     Example: `patchcache build --images photos/ --codebook codebook.safetensors --out cache/`
     """
-    from cache_builder import build as job
     from cache_builder.console import BuildProgress, build_lines, build_result
     from cache_builder.ray_jobs import ClusterOptions
 
-    with BuildProgress(views) as progress:
-        summary = job.run(
-            job.BuildOptions(
-                images=images,
-                codebook=codebook[0],
-                further_codebooks=tuple(codebook[1:]),
-                out=out,
-                num_views=views,
-                scale=pair("--scale", scale),
-                ratio=pair("--ratio", ratio),
-                hflip=hflip,
-                seed=seed,
-                layout=layout,
-                images_in_cache=images_in_cache,
-                resized_short_side=resized_short_side,
-                jpeg_quality=jpeg_quality,
-                unit_size=unit_size,
-                soft_top_k=soft_top_k,
-                soft_temperature=soft_temperature,
-                store_features=store_features,
-                device=device,
-                weights=weights,
-                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
-            ),
-            progress.unit_done,
-        )
+    cluster = ClusterOptions(ray_address, workers, gpus_per_worker)
+    if extend:
+        from cache_builder import extend as extension
+
+        refuse_given(context, "--extend", _SETTLED)
+        with BuildProgress(views or 1) as progress:
+            summary = extension.run(
+                extension.ExtendOptions(
+                    cache=out,
+                    codebooks=tuple(codebook or ()),
+                    num_views=views,
+                    images=images,
+                    soft_top_k=soft_top_k,
+                    soft_temperature=soft_temperature,
+                    store_features=store_features,
+                    device=device,
+                    weights=weights,
+                    cluster=cluster,
+                ),
+                progress.unit_done,
+            )
+    else:
+        from cache_builder import build as job
+
+        if images is None or not codebook:
+            raise ConfigError(
+                f"build needs --{'codebook' if images else 'images'}. "
+                "Without it, --extend adds to a finished cache."
+            )
+        with BuildProgress(views or 1) as progress:
+            summary = job.run(
+                job.BuildOptions(
+                    images=images,
+                    codebook=codebook[0],
+                    further_codebooks=tuple(codebook[1:]),
+                    out=out,
+                    num_views=views or 1,
+                    scale=pair("--scale", scale),
+                    ratio=pair("--ratio", ratio),
+                    hflip=hflip,
+                    seed=seed,
+                    layout=layout,
+                    images_in_cache=images_in_cache,
+                    resized_short_side=resized_short_side,
+                    jpeg_quality=jpeg_quality,
+                    unit_size=unit_size,
+                    soft_top_k=soft_top_k,
+                    soft_temperature=soft_temperature,
+                    store_features=store_features,
+                    device=device,
+                    weights=weights,
+                    cluster=cluster,
+                ),
+                progress.unit_done,
+            )
     if as_json:
         _print_json(build_result(summary, out))
     else:

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cache_builder import files
+from cache_builder import build_log, files
 from cache_builder.errors import (
     ArtifactError,
     ConfigError,
@@ -96,6 +96,7 @@ class UnitReport(NamedTuple):
     num_skipped: int
     bytes: int
     was_there: bool  # finished by an earlier run and found undamaged
+    work: build_log.UnitWork | None = None  # how this run built it
 
 
 class BuildSummary(NamedTuple):
@@ -130,11 +131,13 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
         options.weights,
     )
     reports = []
-    for report in map_units(worker, range(plan.num_units), options.cluster):
-        reports.append(report)
-        if progress:
-            progress(report, spec.source.num_samples)
-    manifest = _finish(options.out, plan)
+    with build_log.recording(str(options.out), spec.view_spec.num_views) as log:
+        for report in map_units(worker, range(plan.num_units), options.cluster):
+            reports.append(report)
+            log.unit_done(report)
+            if progress:
+                progress(report, spec.source.num_samples)
+        manifest = _finish(options.out, plan)
     return BuildSummary(
         manifest=manifest,
         num_units_kept=sum(report.was_there for report in reports),
@@ -164,14 +167,15 @@ class BuildWorker:
             logger.warning("unit %d is damaged and is built again", unit)
             path.unlink()
         plan_unit = read_model(PlanUnit, plan_unit_path(self._cache_dir, unit))
-        images = self._source.read(plan_unit)
+        meter = build_log.UnitMeter(str(self._tokenizer.device))
+        images = meter.count(self._source.read(plan_unit))
         record = build_unit(self._cache_dir, self._plan.spec, unit, images, self._tokenizer)
         try:
             files.publish_new(path, to_json(record))
         except FileExistsError:
             # Another attempt at this unit lived on and was faster; the bytes are the same.
             record = read_model(UnitRecord, path)
-        return _report(record, was_there=False)
+        return _report(record, was_there=False)._replace(work=meter.work())
 
     def _whole_record(self, path: Path) -> UnitRecord | None:
         """Return a commit record if it and the files that it names are undamaged."""

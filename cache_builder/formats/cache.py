@@ -11,6 +11,7 @@ import numpy as np
 
 from cache_builder.errors import ArtifactError, TokenizerMismatchError
 from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.columns import ShardColumns
 from cache_builder.formats.manifest import (
     CacheManifest,
     UnitRecord,
@@ -39,6 +40,9 @@ class Shard(Protocol):
 
     def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
         """Return one sample with these optional payloads; None means all."""
+
+    def columns(self) -> ShardColumns:
+        """Return the targets of all samples as arrays."""
 
     def close(self) -> None:
         """Release the files."""
@@ -136,6 +140,21 @@ class TokenCache:
         """Yield the samples of one shard in order, from the `skip`-th on."""
         for row in range(skip, len(self.shard(index))):
             yield self.read(index, row, payloads)
+
+    def columns(self, index: int) -> ShardColumns:
+        """Return the targets of one shard as arrays; its images are not read.
+
+        Raises:
+            ArtifactError: The shard is damaged, or an array has another shape than it says.
+        """
+        columns = self.shard(index).columns()
+        shape, found = self._tokens_shape, columns.token_ids
+        if found.shape[1:] != shape or found.dtype != _TOKEN_TYPE:
+            raise ArtifactError(
+                f"{self.path}: token ids of shard {index} are {found.shape[1:]} {found.dtype}, "
+                f"expected {shape} {_TOKEN_TYPE}. Run `patchcache verify {self.path}`."
+            )
+        return columns
 
     def shard(self, index: int) -> Shard:
         """Return one shard, opened."""

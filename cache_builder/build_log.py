@@ -2,8 +2,8 @@
 
 A cache's own bytes may not depend on when or how fast it was built, so the log lies beside it:
 `runs/cache` has `runs/cache.log.jsonl`, one line of JSON per run of `patchcache build` that got as
-far as its units. Nothing reads it but `patchcache inspect`; a cache without one is whole, a log that
-cannot be written is a warning, and a line that cannot be read is left out.
+far as its units. Nothing reads it but `patchcache inspect`: a cache without one is whole, a log
+that cannot be written is a warning, and a line that cannot be read is left out.
 """
 
 import contextlib

@@ -143,11 +143,6 @@ def run(
     )
 
 
-def token_counts(cache: TokenCache) -> NDArray[np.int64]:
-    """Return how often each id of each stage occurs in a cache, (M, K)."""
-    return run(cache).counts
-
-
 def spread(counts: Counter[int]) -> Spread:
     """Return the smallest, the middle and the largest of counted values."""
     values = np.array(sorted(counts))

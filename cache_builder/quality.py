@@ -124,7 +124,10 @@ def mean_agreement(parts: Sequence[tuple[int, Agreement]]) -> Agreement:
     columns = zip(*(agreement for _, agreement in parts), strict=True)
     sizes = [num_images for num_images, _ in parts]
     return Agreement(
-        *(math.fsum(n * v for n, v in zip(sizes, column, strict=True)) / total for column in columns)
+        *(
+            math.fsum(n * v for n, v in zip(sizes, column, strict=True)) / total
+            for column in columns
+        )
     )
 
 

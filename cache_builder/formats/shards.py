@@ -174,9 +174,7 @@ class TarShard:
             try:
                 info = json.loads(text)
                 label = info.get("label")
-                infos.append(
-                    (NO_LABEL if label is None else label, info["height"], info["width"])
-                )
+                infos.append((NO_LABEL if label is None else label, info["height"], info["width"]))
             except (ValueError, KeyError, AttributeError) as exc:
                 raise ArtifactError(
                     f"{self._path}: {entry.key}.{INFO} is damaged ({exc})."
@@ -199,9 +197,7 @@ class TarShard:
                 sizes[part] += size
         return sizes
 
-    def _stretches(
-        self, wanted: Collection[str]
-    ) -> Iterator[tuple[int, int, list[SampleEntry]]]:
+    def _stretches(self, wanted: Collection[str]) -> Iterator[tuple[int, int, list[SampleEntry]]]:
         """Yield what to read at a time: start, stop, and the samples whose members lie within."""
         start, stop, entries = 0, 0, list[SampleEntry]()
         for entry in self._entries:

@@ -187,9 +187,9 @@ def _figure(
     quality = f", reconstruction {psnr(float(np.mean(errors))):.1f} dB" if errors else ""
     drawn = pictures.boxes(sample.views, size, thumbnail, f"{sample.key} with its views as boxes")
     return (
-        f'<figure class="sample"><div>{drawn}</div><div class="views">{"".join(cells)}</div>'
-        f"<figcaption>{label}{html.escape(sample.key)}, {size[1]:,} x {size[0]:,} pixels"
-        f"{quality}</figcaption></figure>"
+        f'<div class="sample"><figure>{drawn}<figcaption>{label}{html.escape(sample.key)}, '
+        f"{size[1]:,} x {size[0]:,} pixels{quality}</figcaption></figure>"
+        f'<div class="views">{"".join(cells)}</div></div>'
     )
 
 
@@ -230,7 +230,7 @@ def _view_cell(view: _View, number: int, box: View, key: str) -> str:
     mirrored = " &#8644;" if box.hflip else ""
     return (
         f'<div class="view"><span><b style="background:{colour};color:#000">{number}{mirrored}</b>'
-        f" {box.height} x {box.width}</span>{drawn}</div>"
+        f" <small>{box.height} x {box.width}</small></span>{drawn}</div>"
     )
 
 
@@ -284,11 +284,11 @@ def _skipped_section(survey: CacheSurvey) -> str:
         ((reason, f"{count:,}") for reason, count in survey.skip_reasons),
         classes=("", "number"),
     )
-    some = f"the first {len(survey.skipped):,}" if len(survey.skipped) < num_skipped else "all"
+    some = f"The first {len(survey.skipped):,}" if len(survey.skipped) < num_skipped else "They are"
     listed = pages.table(
         ("image", "reason"), ((sample.source, sample.reason) for sample in survey.skipped)
     )
     return (
         f"<h2>Skipped images</h2><p>{num_skipped:,} could not be tokenised.</p>{reasons}"
-        f"<p>Of them {some}:</p>{listed}"
+        f"<p>{some}:</p>{listed}"
     )

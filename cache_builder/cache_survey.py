@@ -115,7 +115,7 @@ def run(
     sums = _Sums(cache.manifest, num_examples)
     num_seen = 0
     for shard in shards:
-        sums.add(shard, _columns(cache, shard))
+        sums.add(shard, cache.columns(shard))
         sums.part_bytes.update(_part_bytes(cache, shard))
         num_seen += cache.manifest.shards[shard].num_samples
         if progress:
@@ -255,16 +255,6 @@ def _choose_shards(manifest: CacheManifest, max_images: int | None) -> list[int]
         chosen.append(shard)
         num_images += manifest.shards[shard].num_samples
     return sorted(chosen)
-
-
-def _columns(cache: TokenCache, shard: int) -> ShardColumns:
-    columns = cache.columns(shard)
-    if columns.views.shape[1:] != (cache.manifest.view_spec.num_views, 5):
-        raise ArtifactError(
-            f"Shard {shard} holds views of shape {columns.views.shape[1:]}. "
-            "Run `patchcache verify` to see what else is wrong."
-        )
-    return columns
 
 
 def _part_bytes(cache: TokenCache, shard: int) -> Counter[str]:

@@ -155,7 +155,7 @@ def class_lines(survey: CacheSurvey, num_top: int, num_tail: int) -> list[tuple[
     return [
         *counts[:num_top],
         (f"({num_between:,} classes between)", -1),
-        *counts[-num_tail:],
+        *counts[len(counts) - num_tail :],
     ]
 
 
@@ -192,6 +192,21 @@ BUILD_COLUMNS = (
 )  # fmt: skip
 
 
+def build_lines(builds: Sequence[BuildRun]) -> list[str]:
+    """Return the log as lines of text, newest first."""
+    return [
+        f"{run.started:%Y-%m-%d %H:%M} UTC, {run.outcome} after {run.seconds:,.0f} s: "
+        + (
+            f"{run.num_images:,} images at {run.images_per_s:,.0f} images/s, {workers_text(run)}"
+            if run.num_images
+            else "no images"
+        )
+        + (f", {run.num_units_kept:,} shards kept" if run.num_units_kept else "")
+        + (f"; {run.error}" if run.error else "")
+        for run in reversed(builds)
+    ]
+
+
 def workers_text(run: BuildRun) -> str:
     """Say where a run took place."""
     if not run.num_workers:
@@ -211,8 +226,8 @@ def _size_facts(survey: CacheSurvey) -> Iterator[Measure]:
     )  # fmt: skip
     low, middle, high = (size_text(value) for value in survey.shard_bytes)
     yield Measure(
-        "shards", f"{len(manifest.shards):,}", f"of {low}, {middle}, {high}",
-        f"Layout {spec.layout}; smallest, median and largest.",
+        "shards", f"{len(manifest.shards):,}", f"{low} to {high}",
+        f"Layout {spec.layout}; the median shard has {middle}.",
     )  # fmt: skip
     yield Measure(
         "size", size_text(manifest.bytes),
@@ -246,7 +261,7 @@ def _part_meaning(part: str, survey: CacheSurvey) -> str:
             f"{manifest.spec.features.dim:,} values as {manifest.spec.features.dtype}, relative "
             f"error {manifest.features.relative_error:.2g}."
         )
-    return ""
+    return {"tokens": "uint16.", "views": "Boxes, int32.", "info": ""}.get(part, "")
 
 
 def _view_facts(survey: CacheSurvey) -> Iterator[Measure]:

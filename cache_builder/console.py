@@ -353,14 +353,9 @@ def print_survey(survey: "CacheSurvey", page: Path | None) -> None:
     if survey.skip_reasons:
         rows = [(reason, n, "") for reason, n in survey.skip_reasons[:_MAX_SKIPPED_LINES]]
         _print_bars(console, ("skipped because", "images", ""), rows)
-    if survey.builds:
-        table = Table(box=None, pad_edge=False)
-        for name in cache_table.BUILD_COLUMNS:
-            table.add_column(name, overflow="fold")
-        for row in cache_table.build_rows(survey.builds)[:_MAX_BUILD_LINES]:
-            table.add_row(*row)
-        console.print()
-        console.print(table)
+    console.print()
+    for line in cache_table.build_lines(survey.builds)[:_MAX_BUILD_LINES]:
+        console.print(f"built        {line}")
     for warning in cache_table.warnings(survey):
         console.print(f"limit        {warning}")
     if page:

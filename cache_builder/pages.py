@@ -25,6 +25,7 @@ svg .line { fill: none; stroke: var(--line); stroke-width: 2; }
 svg .grid { stroke: var(--rule); stroke-width: .5; } svg.bars { fill: var(--line); }
 svg .level { stroke: currentColor; stroke-width: 1; stroke-dasharray: 5 4; opacity: .6; }
 .scroll { overflow-x: auto; } .measures td { vertical-align: top; } .wide { min-width: 16rem; }
+.beside { min-width: 10rem; }
 .measures tr + tr { border-top: 1px solid var(--rule); }
 .measures .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .patches { display: grid; grid-template-columns: repeat(8, 1fr); gap: .2rem; }
@@ -33,13 +34,13 @@ pre { padding: .8rem; overflow-x: auto; }
 .sample { display: grid; gap: .4rem 1.2rem; padding: 1rem 0; align-items: start; }
 .sample { border-top: 1px solid var(--rule); }
 .sample { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); }
-.sample figcaption { grid-column: 1 / -1; } .views { display: grid; gap: .8rem .5rem; }
+.views { display: grid; gap: .8rem .5rem; }
 .views { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .view { display: grid; gap: .25rem; max-width: 14rem; font-size: .85rem; }
 .view img { width: 100%; display: block; aspect-ratio: 1; image-rendering: pixelated; }
 .view img.photo { image-rendering: auto; } .view b { padding: 0 .45em; border-radius: .2em; }
-.view span { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-svg.boxes { max-height: 26rem; display: block; max-width: 100%; font-weight: 600; }
+svg.boxes { display: block; max-height: 26rem; max-width: 100%; margin-bottom: .4rem; }
+svg.boxes { font-weight: 600; }
 svg.boxes rect.blank { fill: color-mix(in srgb, currentColor 8%, transparent); }
 .counts { display: grid; grid-template-columns: minmax(4rem, auto) 1fr auto; gap: .15rem .8rem; }
 .counts { max-width: 40rem; font-size: .9rem; align-items: center; }
@@ -49,6 +50,7 @@ svg.boxes rect.blank { fill: color-mix(in srgb, currentColor 8%, transparent); }
 @media (max-width: 44rem) {
   .sample { grid-template-columns: minmax(0, 1fr); }
   .views { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); }
+  .view small { display: none; }
 }
 pre { background: color-mix(in srgb, currentColor 8%, transparent); }
 """
@@ -79,7 +81,7 @@ def measure_table(lines: Iterable[Measure]) -> str:
     return table(
         ("measure", "value", "beside", "meaning"),
         lines,
-        classes=("", "number", "muted", "muted wide"),
+        classes=("", "number", "muted beside", "muted wide"),
     )
 
 

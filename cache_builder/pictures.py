@@ -125,7 +125,7 @@ def boxes(
         if picture
         else f'<rect class="blank" width="{across:.1f}" height="{down:.1f}"/>'
     )
-    drawn = []
+    frames, tags = [], []
     for number, (top, left, h, w, hflip) in enumerate(views.tolist()):
         colour, dash = view_colour(number), ' stroke-dasharray="14 8"' if hflip else ""
         x, y, wide, high = (value * scale for value in (left, top, w, h))
@@ -139,16 +139,18 @@ def boxes(
         tag = _TAG * (1.7 if hflip else 1) * (0.7 + 0.3 * len(str(number)))
         tag_x = x if number % 2 == 0 else x + wide - tag
         tag_y = y if number % 4 < 2 else y + high - _TAG
-        drawn.append(
+        frames.append(
             f'<rect {shape} stroke="#000" stroke-opacity=".55" stroke-width="{_STROKE + 3}"/>'
             f'<rect {shape} stroke="{colour}" stroke-width="{_STROKE}"{dash}/>'
+        )
+        tags.append(
             f'<rect x="{tag_x:.1f}" y="{tag_y:.1f}" width="{tag:.1f}" height="{_TAG}" '
             f'fill="{colour}"/><text x="{tag_x + tag / 2:.1f}" y="{tag_y + _TAG * 0.76:.1f}" '
             f'text-anchor="middle" fill="#000" font-size="{_TAG * 0.75:.0f}">{text}</text>'
         )
     return (
-        f'<svg class="boxes" viewBox="0 0 {across:.1f} {down:.1f}" role="img" '
-        f'aria-label="{html.escape(label)}">{ground}{"".join(drawn)}</svg>'
+        f'<svg class="boxes" viewBox="0 0 {across:.1f} {down:.1f}" preserveAspectRatio="xMinYMin" '
+        f'role="img" aria-label="{html.escape(label)}">{ground}{"".join(frames + tags)}</svg>'
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cache_builder.errors import ArtifactError, TokenizerMismatchError
 from cache_builder.formats.codebook import Codebook
-from cache_builder.formats.columns import ShardColumns
+from cache_builder.formats.columns import ShardColumns, no_columns
 from cache_builder.formats.manifest import (
     CacheManifest,
     UnitRecord,
@@ -147,7 +147,15 @@ class TokenCache:
         Raises:
             ArtifactError: The shard is damaged, or an array has another shape than it says.
         """
+        num_views = self.manifest.view_spec.num_views
+        if not self.manifest.shards[index].num_samples:
+            return no_columns((num_views, 5), self._tokens_shape)
         columns = self.shard(index).columns()
+        if columns.views.shape[1:] != (num_views, 5):
+            raise ArtifactError(
+                f"{self.path}: views of shard {index} are {columns.views.shape[1:]}, expected "
+                f"{(num_views, 5)}. Run `patchcache verify {self.path}`."
+            )
         shape, found = self._tokens_shape, columns.token_ids
         if found.shape[1:] != shape or found.dtype != _TOKEN_TYPE:
             raise ArtifactError(

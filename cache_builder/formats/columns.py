@@ -25,6 +25,17 @@ class ShardColumns(NamedTuple):
     token_ids: NDArray[np.uint16]  # (n, V, rows, cols), or (n, V, rows, cols, M) with M > 1 stages
 
 
+def no_columns(views_shape: tuple[int, ...], tokens_shape: tuple[int, ...]) -> ShardColumns:
+    """Return the columns of a shard without samples; the shapes are those of one sample."""
+    return ShardColumns(
+        keys=[],
+        labels=np.empty(0, np.int64),
+        image_sizes=np.empty((0, 2), np.int32),
+        views=np.empty((0, *views_shape), np.int32),
+        token_ids=np.empty((0, *tokens_shape), np.uint16),
+    )
+
+
 def npy_column(members: Sequence[bytes], what: str) -> NDArray[Any]:
     """Stack .npy members of one shape and type; one header is parsed, the others are compared.
 

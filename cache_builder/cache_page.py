@@ -39,6 +39,7 @@ NUM_EXAMPLES = 24
 _THUMBNAIL_SIDE = 640
 _TOP_CLASSES, _TAIL_CLASSES = 24, 8
 _CLASSES_FOR_CURVE = 50
+_FEW_VIEWS = 2  # of which two images find place side by side
 
 
 class _View(NamedTuple):
@@ -148,12 +149,14 @@ def _examples_section(survey: CacheSurvey, cache: TokenCache, shelf: _Shelf) -> 
         if tokenizer
         else "and the two over one another"
     )
+    few = survey.manifest.view_spec.num_views <= _FEW_VIEWS
+    layout = ' class="few"' if few else ""
     kinds = "one of every class as far as they go, " if len(survey.labels) > 1 else ""
     return (
         f"<h2>Images, views and tokens</h2><p>{len(figures)} images, {kinds}chosen by the hash of "
         "their keys. The boxes are the stored views; a dashed box with &#8644; is mirrored. "
         "Of every view: its pixels as the trainer sees them, its token ids (one colour per id, the "
-        f"same in all pictures), {third}.</p>{missing}{''.join(figures)}"
+        f"same in all pictures), {third}.</p>{missing}<div{layout}>{''.join(figures)}</div>"
     )
 
 

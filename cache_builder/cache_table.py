@@ -99,13 +99,12 @@ def facts(survey: CacheSurvey) -> list[Measure]:
 
 
 def surveyed_text(survey: CacheSurvey) -> str:
-    """Say what was looked at, and how fast."""
+    """Say what was looked at, and how long it took."""
     total = survey.manifest.num_samples
-    rate = survey.num_images / max(survey.seconds, 1e-9)
     part = f"{survey.num_images:,} of {total:,} images, in {survey.num_shards:,} shards"
     if survey.num_images == total:
         part = f"all {total:,} images"
-    return f"{part}, {rate:,.0f} images/s"
+    return f"{part}, in {survey.seconds:,.1f} s"
 
 
 def warnings(survey: CacheSurvey) -> list[str]:

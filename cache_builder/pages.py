@@ -39,6 +39,11 @@ pre { padding: .8rem; overflow-x: auto; }
 .view { display: grid; gap: .25rem; max-width: 14rem; font-size: .85rem; }
 .view img { width: 100%; display: block; aspect-ratio: 1; image-rendering: pixelated; }
 .view img.photo { image-rendering: auto; } .view b { padding: 0 .45em; border-radius: .2em; }
+.few { display: grid; column-gap: 2rem; }
+.few { grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); }
+.few .views { grid-template-columns: minmax(0, 1fr); }
+.few .view { grid-template-columns: repeat(3, minmax(0, 1fr)); max-width: none; }
+.few .view span { grid-column: 1 / -1; }
 svg.boxes { display: block; max-height: 26rem; max-width: 100%; margin-bottom: .4rem; }
 svg.boxes { font-weight: 600; }
 svg.boxes rect.blank { fill: color-mix(in srgb, currentColor 8%, transparent); }
@@ -50,7 +55,7 @@ svg.boxes rect.blank { fill: color-mix(in srgb, currentColor 8%, transparent); }
 @media (max-width: 44rem) {
   .sample { grid-template-columns: minmax(0, 1fr); }
   .views { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); }
-  .view small { display: none; }
+  .view small { display: none; } .beside { min-width: 0; }
 }
 pre { background: color-mix(in srgb, currentColor 8%, transparent); }
 """

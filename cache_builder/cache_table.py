@@ -93,6 +93,7 @@ def facts(survey: CacheSurvey) -> list[Measure]:
         *_size_facts(survey),
         *_view_facts(survey),
         *_token_facts(survey),
+        *_payload_facts(survey),
         *_label_facts(survey),
         *_build_facts(survey),
     ]
@@ -232,11 +233,16 @@ def _size_facts(survey: CacheSurvey) -> Iterator[Measure]:
         "size", size_text(manifest.bytes),
         f"{size_text(manifest.bytes / manifest.num_samples)} per image", "Of all shards.",
     )  # fmt: skip
+    meanings = {
+        "image": f"--images-in-cache {spec.images_in_cache}.",
+        "tokens": "uint16.",
+        "views": "Boxes, int32.",
+    }
     for part, name in PART_NAMES.items():
         if part in survey.part_bytes:
             num_bytes = survey.part_bytes[part]
             each = f"{size_text(num_bytes / survey.num_images)} per image"
-            yield Measure(f"- {name}", size_text(num_bytes), each, _part_meaning(part, survey))
+            yield Measure(f"- {name}", size_text(num_bytes), each, meanings.get(part, ""))
     yield Measure(
         "image height, pixels", _number_text(survey.heights.median), _ends(survey.heights),
         "Median; smallest and largest beside.",
@@ -246,21 +252,22 @@ def _size_facts(survey: CacheSurvey) -> Iterator[Measure]:
     )
 
 
-def _part_meaning(part: str, survey: CacheSurvey) -> str:
+def _payload_facts(survey: CacheSurvey) -> Iterator[Measure]:
     manifest = survey.manifest
-    if part == "image":
-        return f"--images-in-cache {manifest.spec.images_in_cache}."
-    if part == "soft" and manifest.spec.soft and manifest.soft:
-        return (
-            f"Top {manifest.spec.soft.top_k}, perplexity {manifest.soft.perplexity:.3g}, "
-            f"{manifest.soft.mass:.1%} of all probability."
-        )
-    if part == "features" and manifest.spec.features and manifest.features:
-        return (
-            f"{manifest.spec.features.dim:,} values as {manifest.spec.features.dtype}, relative "
-            f"error {manifest.features.relative_error:.2g}."
-        )
-    return {"tokens": "uint16.", "views": "Boxes, int32.", "info": ""}.get(part, "")
+    if (soft := manifest.soft) and (settings := manifest.spec.soft):
+        yield Measure(
+            "soft targets, perplexity", f"{soft.perplexity:.3g}", f"of {settings.top_k}",
+            f"Of a patch's probabilities, mean; temperature {settings.temperature:g}.",
+        )  # fmt: skip
+        yield Measure(
+            "soft targets, mass", f"{soft.mass:.1%}", "",
+            f"Of all probability, held by the {settings.top_k} nearest centroids.",
+        )  # fmt: skip
+    if (features := manifest.features) and (stored := manifest.spec.features):
+        yield Measure(
+            "features, relative error", f"{features.relative_error:.2g}",
+            f"cosine {features.cosine:.6f}", f"{stored.dim:,} values stored as {stored.dtype}.",
+        )  # fmt: skip
 
 
 def _view_facts(survey: CacheSurvey) -> Iterator[Measure]:

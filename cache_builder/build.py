@@ -7,69 +7,47 @@ a fixed name and fixed bytes: a build that was killed is continued by the same c
 with the same cache.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+import os
+import socket
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from cache_builder import build_log, files
-from cache_builder.errors import (
-    ArtifactError,
-    ConfigError,
-    ImageError,
-    TokenizerMismatchError,
-)
-from cache_builder.formats import shards, zarr_store
+from cache_builder import build_log
+from cache_builder.build_worker import BuildTask, BuildWorker, UnitReport
+from cache_builder.commit import describe_layer, layer_store, write_manifest
+from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import Codebook, first_problem
 from cache_builder.formats.manifest import (
-    CODEBOOK_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
-    SKIPPED_NAME,
     BuildPlan,
     CacheManifest,
     CacheSpec,
-    FileDigest,
     ImagesInCache,
+    LayerInfo,
     Layout,
-    PlanRow,
-    PlanUnit,
-    ShardInfo,
-    SkippedSample,
-    UnitRecord,
-    plan_unit_path,
     read_model,
     to_json,
-    unit_record_path,
 )
-from cache_builder.formats.payloads import FeatureType, sum_features, sum_soft
-from cache_builder.formats.sample import CachedSample, NewSample
-from cache_builder.formats.views import ViewSpec, draw_views
-from cache_builder.imaging import apply_view, decode, image_extension, shrink
-from cache_builder.planning import settle_plan
+from cache_builder.formats.payloads import FeatureType
+from cache_builder.formats.views import ViewSpec
+from cache_builder.planning import LayerSpec, settle_plan
 from cache_builder.ray_jobs import ClusterOptions, map_units
 from cache_builder.sources import Listing, open_source
-from cache_builder.targets import TargetMaker, feature_spec, soft_spec
-from cache_builder.tokenizers import PatchTokenizer
-
-logger = logging.getLogger(__name__)
-
-_IMAGES_PER_BATCH = 16
+from cache_builder.stores import Store, absolute_location, open_store
+from cache_builder.targets import feature_spec, soft_spec
 
 
 class BuildOptions(NamedTuple):
     """What a user may say about a build."""
 
     images: str
-    codebook: Path
-    out: Path
+    codebook: str | Path
+    out: str | Path
     num_views: int = 1
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -85,18 +63,8 @@ class BuildOptions(NamedTuple):
     store_features: FeatureType | None = None
     device: str = "auto"
     weights: str | None = None
+    further_codebooks: tuple[str | Path, ...] = ()  # each makes a layer in the same pass
     cluster: ClusterOptions = ClusterOptions()
-
-
-class UnitReport(NamedTuple):
-    """A unit is finished."""
-
-    unit: int
-    num_samples: int
-    num_skipped: int
-    bytes: int
-    was_there: bool  # finished by an earlier run and found undamaged
-    work: build_log.UnitWork | None = None  # how this run built it
 
 
 class BuildSummary(NamedTuple):
@@ -118,26 +86,53 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
         ConfigError: The output belongs to a build with other settings or other images.
         SourceError: The images cannot be listed or read.
         ArtifactError: The codebook is damaged, or not one image could be tokenised.
+        CacheInUseError: Another driver writes there.
     """
-    codebook = Codebook.load(options.codebook)
-    listing = open_source(options.images).scan(options.unit_size)
-    spec = _cache_spec(options, codebook, listing)
-    plan = settle_plan(options.out, spec, listing, codebook)
-    worker = partial(
-        BuildWorker,
-        str(options.out.resolve()),
-        listing.info.location,
-        options.device,
-        options.weights,
+    codebook, *further = (
+        Codebook.load(path) for path in (options.codebook, *options.further_codebooks)
     )
+    store = open_store(options.out)
+    with store.lock(holder()):
+        listing = open_source(options.images).scan(options.unit_size)
+        spec = _cache_spec(options, codebook, listing)
+        layers = [_layer_spec(options, spec, each) for each in further]
+        _refuse_twins(spec, layers)
+        plan = settle_plan(store, spec, listing.units, codebook, layers)
+        task = BuildTask(
+            cache=absolute_location(options.out),
+            names=("", *(layer.name for layer in layers)),
+            images=listing.info.location,
+            device=options.device,
+            weights=options.weights,
+        )
+        return build_targets(store, plan, task, options.cluster, progress)
+
+
+def build_targets(
+    store: Store,
+    plan: BuildPlan,
+    task: BuildTask,
+    cluster: ClusterOptions,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Build what a planned cache or its layers lack, and write their manifests, the cache's last.
+
+    Args:
+        store: Of the cache, locked by the caller.
+        plan: Of the cache.
+        task: What to build.
+        cluster: Where.
+        progress: Called after every unit.
+    """
     reports = []
-    with build_log.recording(str(options.out), spec.view_spec.num_views) as log:
-        for report in map_units(worker, range(plan.num_units), options.cluster):
+    worker = partial(BuildWorker, task)
+    with build_log.recording(task.cache, _num_views(store, task.names)) as log:
+        for report in map_units(worker, range(plan.num_units), cluster):
             reports.append(report)
             log.unit_done(report)
             if progress:
-                progress(report, spec.source.num_samples)
-        manifest = _finish(options.out, plan)
+                progress(report, plan.spec.source.num_samples)
+        manifest = _publish(store, plan, task, reports)
     return BuildSummary(
         manifest=manifest,
         num_units_kept=sum(report.was_there for report in reports),
@@ -145,153 +140,89 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
     )
 
 
-class BuildWorker:
-    """Builds units, in a process of its own."""
-
-    def __init__(
-        self, cache_dir: str, images: str, device: str, weights: str | None = None
-    ) -> None:
-        """Load the tokenizer; everything else is read from the plan."""
-        self._cache_dir = Path(cache_dir)
-        self._plan = read_model(BuildPlan, self._cache_dir / PLAN_NAME)
-        self._source = open_source(images)
-        self._tokenizer = PatchTokenizer.load(self._cache_dir / CODEBOOK_NAME, device, weights)
-
-    def run(self, unit: int) -> UnitReport:
-        """Build one unit, unless its record is there and its files are what the record says."""
-        path = unit_record_path(self._cache_dir, unit)
-        if path.is_file():
-            record = self._whole_record(path)
-            if record is not None:
-                return _report(record, was_there=True)
-            logger.warning("unit %d is damaged and is built again", unit)
-            path.unlink()
-        plan_unit = read_model(PlanUnit, plan_unit_path(self._cache_dir, unit))
-        meter = build_log.UnitMeter(str(self._tokenizer.device))
-        images = meter.count(self._source.read(plan_unit))
-        record = build_unit(self._cache_dir, self._plan.spec, unit, images, self._tokenizer)
-        try:
-            files.publish_new(path, to_json(record))
-        except FileExistsError:
-            # Another attempt at this unit lived on and was faster; the bytes are the same.
-            record = read_model(UnitRecord, path)
-        return _report(record, was_there=False)._replace(work=meter.work())
-
-    def _whole_record(self, path: Path) -> UnitRecord | None:
-        """Return a commit record if it and the files that it names are undamaged."""
-        try:
-            record = read_model(UnitRecord, path)
-        except ArtifactError:
-            return None
-        return None if any(file.damage(self._cache_dir) for file in record.files) else record
+def _num_views(store: Store, names: Sequence[str]) -> int:
+    """Return how many views of an image are tokenised for a cache ("") and its layers."""
+    places = (layer_store(store, name) if name else store for name in names)
+    plans = (read_model(BuildPlan, place, PLAN_NAME) for place in places)
+    return sum(plan.spec.view_spec.num_views for plan in plans)
 
 
-def build_unit(
-    cache_dir: Path,
-    spec: CacheSpec,
-    unit: int,
-    images: Iterator[tuple[PlanRow, bytes]],
-    tokenizer: PatchTokenizer,
-) -> UnitRecord:
-    """Tokenise the images of one unit and write its shard; the caller writes the record.
-
-    Raises:
-        TokenizerMismatchError: `tokenizer` is not the one that the cache was planned for.
-        ConfigError: Features to store are not finite, or too large for float16.
-    """
-    if tokenizer.fingerprint != spec.fingerprint:
-        raise TokenizerMismatchError(
-            f"{cache_dir} was planned for tokenizer {spec.fingerprint}, "
-            f"not for {tokenizer.fingerprint}. Use another --out."
-        )
-    skipped: list[SkippedSample] = []
-    maker = TargetMaker(tokenizer, spec)
-    samples = _tokenise(spec, images, maker, skipped)
-    if spec.layout == "webdataset":
-        path = shards.shard_path(cache_dir, unit)
-        entries = shards.write_shard(path, samples)
-        written = [FileDigest.of(cache_dir, path)]
-        num_samples = len(entries)
-        num_bytes = shards.payload_bytes(entries)
-    else:
-        entries, rows = [], list(samples)
-        written = zarr_store.write_unit(cache_dir, spec, unit, rows)
-        num_samples = len(rows)
-        num_bytes = zarr_store.payload_bytes(written)
-    return UnitRecord(
-        unit=unit,
-        num_samples=num_samples,
-        files=tuple(written),
-        skipped=tuple(skipped),
-        samples=tuple(entries),
-        soft=maker.soft_totals(num_bytes["soft"]),
-        features=maker.feature_totals(num_bytes["features"]),
-    )
-
-
-class _Drawn(NamedTuple):
-    """An image that has been decoded and cut into views, but not yet tokenised."""
-
-    row: PlanRow
-    data: bytes
-    extension: str
-    image_size: tuple[int, int]
-    views: np.ndarray
-    pixels: Tensor  # (V, 3, S, S)
-
-
-def _tokenise(
-    spec: CacheSpec,
-    images: Iterator[tuple[PlanRow, bytes]],
-    maker: TargetMaker,
-    skipped: list[SkippedSample],
-) -> Iterator[NewSample]:
-    drawn = _draw(spec, images, skipped)
-    while batch := list(islice(drawn, _IMAGES_PER_BATCH)):
-        try:
-            made = maker.make(torch.cat([image.pixels for image in batch]))
-        except ConfigError as exc:
-            raise ConfigError(f"{batch[0].row.key} to {batch[-1].row.key}: {exc}") from exc
-        for image, targets in zip(batch, made.split(len(batch)), strict=True):
-            embedded = spec.images_in_cache != "none"
-            sample = CachedSample(
-                key=image.row.key,
-                image=image.data if embedded else None,
-                label=image.row.label,
-                views=image.views,
-                **targets._asdict(),
+def _publish(
+    store: Store, plan: BuildPlan, task: BuildTask, reports: Sequence[UnitReport]
+) -> CacheManifest:
+    """Write the manifests of what was built, the cache's last."""
+    layers = {layer.name: layer for layer in finished_layers(store)}
+    for number, name in enumerate(task.names):
+        if name:
+            below = layer_store(store, name)
+            manifest = write_manifest(
+                below,
+                read_model(BuildPlan, below, PLAN_NAME),
+                (report.summaries[number] for report in reports),
             )
-            extension = image.extension if embedded else ""
-            yield NewSample(sample, extension, image.row.source, image.image_size)
+            layers[name] = describe_layer(name, manifest)
+    ordered = tuple(layers[name] for name in sorted(layers))
+    if "" in task.names:
+        place = task.names.index("")
+        summaries = (report.summaries[place] for report in reports)
+        return write_manifest(store, plan, summaries, ordered)
+    return publish_layers(store, ordered)
 
 
-def _draw(
-    spec: CacheSpec, images: Iterator[tuple[PlanRow, bytes]], skipped: list[SkippedSample]
-) -> Iterator[_Drawn]:
-    for row, original in images:
-        try:
-            yield _draw_one(spec, row, original)
-        except ImageError as exc:
-            logger.warning("skipped %s: %s", row.source, exc)
-            skipped.append(SkippedSample(key=row.key, source=row.source, reason=str(exc)))
+def finished_layers(store: Store) -> tuple[LayerInfo, ...]:
+    """Return the layers that a cache's manifest lists; none before it is written."""
+    if not store.exists(MANIFEST_NAME):
+        return ()
+    return CacheManifest.load(store).layers
 
 
-def _draw_one(spec: CacheSpec, row: PlanRow, data: bytes) -> _Drawn:
-    if spec.images_in_cache == "resized":
-        # The tokens must be those of the pixels that the trainer will see.
-        data = shrink(data, spec.resized_short_side, spec.jpeg_quality)
-    pixels = decode(data)
-    image_size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    views = draw_views(spec.view_spec, row.key, image_size)
-    size, interpolation = spec.view_spec.size, spec.view_spec.interpolation
-    return _Drawn(
-        row=row,
-        data=data,
-        extension=image_extension(data),
-        image_size=image_size,
-        views=np.array(views, np.int32),
-        pixels=torch.stack([apply_view(pixels, view, size, interpolation) for view in views]),
+def publish_layers(store: Store, layers: tuple[LayerInfo, ...]) -> CacheManifest:
+    """Write the manifest of a finished cache again, with these layers."""
+    manifest = CacheManifest.load(store).model_copy(update={"layers": layers})
+    store.publish(MANIFEST_NAME, to_json(manifest))
+    return manifest
+
+
+def holder() -> str:
+    """Return who writes, for a second driver's message."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def layer_name(spec: CacheSpec) -> str:
+    """Return the folder of a layer below its cache."""
+    return f"targets/{spec.fingerprint[:12]}-{spec.view_spec.first_view:03d}"
+
+
+def _layer_spec(options: BuildOptions, base: CacheSpec, codebook: Codebook) -> LayerSpec:
+    """Return a layer with the views of the cache and another tokenizer."""
+    rule = codebook.pixel_rule
+    has_features = codebook.extractor.id != "pixel"
+    spec = base.model_copy(
+        update={
+            "fingerprint": codebook.fingerprint,
+            "vocab_size": codebook.vocab_size,
+            "num_stages": codebook.num_stages,
+            "grid": rule.grid,
+            "view_spec": base.view_spec.model_copy(
+                update={
+                    "size": rule.size,
+                    "patch_size": rule.patch_size,
+                    "interpolation": rule.interpolation,
+                }
+            ),
+            "images_in_cache": "none",
+            "soft": soft_spec(codebook, options.soft_top_k, options.soft_temperature),
+            "features": feature_spec(codebook, options.store_features if has_features else None),
+        }
     )
+    return LayerSpec(layer_name(spec), spec, codebook)
+
+
+def _refuse_twins(base: CacheSpec, layers: list[LayerSpec]) -> None:
+    fingerprints = [base.fingerprint, *(layer.spec.fingerprint for layer in layers)]
+    twice = {each for each in fingerprints if fingerprints.count(each) > 1}
+    if twice:
+        raise ConfigError(f"--codebook names tokenizer {min(twice)} twice. Leave one of them out.")
 
 
 def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> CacheSpec:
@@ -324,52 +255,3 @@ def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> 
         )
     except ValidationError as exc:
         raise ConfigError(f"{first_problem(exc)}.") from exc
-
-
-def _finish(out: Path, plan: BuildPlan) -> CacheManifest:
-    """Check that every unit is there and write the manifest."""
-    records, infos = [], []
-    for unit in range(plan.num_units):
-        path = unit_record_path(out, unit)
-        record = read_model(UnitRecord, path)
-        records.append(record)
-        infos.append(
-            ShardInfo(
-                name=f"{unit:06d}",
-                num_samples=record.num_samples,
-                num_skipped=len(record.skipped),
-                files=record.files,
-                record=FileDigest.of(out, path),
-            )
-        )
-    num_samples = sum(info.num_samples for info in infos)
-    skipped = [sample for record in records for sample in record.skipped]
-    files.publish(out / SKIPPED_NAME, b"".join(to_json(sample) for sample in skipped))
-    files.sweep(out)
-    if not num_samples:
-        raise ArtifactError(
-            f"Not one of {plan.spec.source.num_samples} images could be tokenised; "
-            f"{out / SKIPPED_NAME} has the reasons. The first: {skipped[0].reason}."
-        )
-    manifest = CacheManifest(
-        spec=plan.spec,
-        payloads=plan.spec.payloads,
-        num_samples=num_samples,
-        num_skipped=len(skipped),
-        shards=tuple(infos),
-        codebook=FileDigest.of(out, out / CODEBOOK_NAME),
-        soft=sum_soft(record.soft for record in records if record.soft),
-        features=sum_features(record.features for record in records if record.features),
-    )
-    files.publish(out / MANIFEST_NAME, to_json(manifest))
-    return manifest
-
-
-def _report(record: UnitRecord, *, was_there: bool) -> UnitReport:
-    return UnitReport(
-        unit=record.unit,
-        num_samples=record.num_samples,
-        num_skipped=len(record.skipped),
-        bytes=sum(file.bytes for file in record.files),
-        was_there=was_there,
-    )

@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from cache_builder import __version__, files
-from cache_builder.errors import ConfigError
+from cache_builder.errors import PatchCacheError
+from cache_builder.stores import open_store, read_location
 
 logger = logging.getLogger(__name__)
 
@@ -197,24 +198,18 @@ def log_location(cache: str) -> str:
 
 def append(cache: str, run: BuildRun) -> None:
     """Add a line to the log; a place where that is not possible is a warning."""
-    location = log_location(cache)
     line = files.canonical_json(run.model_dump(mode="json")) + b"\n"
     try:
-        path = _local_path(location)
-        with path.open("a+b") as file:
-            # What a killed writer left behind must not swallow this line.
-            file.seek(max(file.tell() - 1, 0))
-            torn = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * torn + line)
-    except (ConfigError, OSError) as exc:
+        _append(log_location(cache), line)
+    except (PatchCacheError, OSError) as exc:
         logger.warning("The log of this build is not kept: %s", exc)
 
 
 def read(cache: str) -> list[BuildRun]:
     """Return the runs that are logged, oldest first; none where there is no log."""
     try:
-        text = _local_path(log_location(cache)).read_bytes()
-    except (ConfigError, OSError) as exc:
+        text = read_location(log_location(cache))
+    except (PatchCacheError, OSError) as exc:
         logger.debug("%s has no log of its builds: %s", cache, exc)
         return []
     runs = []
@@ -226,10 +221,22 @@ def read(cache: str) -> list[BuildRun]:
     return runs
 
 
-def _local_path(location: str) -> Path:
+def _append(location: str, line: bytes) -> None:
     if "://" in location:
-        raise ConfigError(f"{location} is on an object store, where nothing can be appended.")
-    return Path(location).absolute()
+        # Nothing can be appended there; the lock of the cache keeps other drivers out.
+        root, _, name = location.rpartition("/")
+        store = open_store(root)
+        before = store.read(name) if store.exists(name) else b""
+        store.publish(name, before + _break_after(before[-1:]) + line)
+        return
+    with Path(location).open("a+b") as file:
+        file.seek(max(file.tell() - 1, 0))
+        file.write(_break_after(file.read(1)) + line)
+
+
+def _break_after(last: bytes) -> bytes:
+    """Return what must follow the last byte of a log; a line that was torn swallows no other."""
+    return b"" if last in (b"", b"\n") else b"\n"
 
 
 @cache

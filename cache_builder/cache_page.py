@@ -111,7 +111,7 @@ class _Shelf:
         if self._embedded:
             return
         try:
-            self._join = ImageJoin(cache.path, cache.manifest.spec.source, images)
+            self._join = ImageJoin(cache.store, cache.manifest.spec.source, images)
         except PatchCacheError as exc:
             self.problems.append(str(exc))
 
@@ -175,20 +175,22 @@ def _figure(
     if picture is not None:
         thumbnail = pictures.jpeg(pictures.channels_last(picture), _THUMBNAIL_SIDE)
         size = (int(picture.shape[-2]), int(picture.shape[-1]))
+    first_view = spec.view_spec.first_view
     cells, errors = [], []
     for number, (top, left, height, width, hflip) in enumerate(sample.views.tolist()):
         view = View(top, left, height, width, bool(hflip))
         shown = _view(cache, sample.token_ids[number], view, tokenizer, picture)
         if shown.pixels is not None and shown.stands_for is not None:
             errors.append(float(np.square(shown.pixels.astype(float) - shown.stands_for).mean()))
-        cells.append(_view_cell(shown, number, view, sample.key))
+        cells.append(_view_cell(shown, first_view + number, view, sample.key))
     label = (
         ""
         if sample.label is None
         else f"{html.escape(class_name(spec.class_names, sample.label))}, "
     )
     quality = f", reconstruction {psnr(float(np.mean(errors))):.1f} dB" if errors else ""
-    drawn = pictures.boxes(sample.views, size, thumbnail, f"{sample.key} with its views as boxes")
+    label_text = f"{sample.key} with its views as boxes"
+    drawn = pictures.boxes(sample.views, size, thumbnail, label_text, first_view)
     return (
         f'<div class="sample"><figure>{drawn}<figcaption>{label}{html.escape(sample.key)}, '
         f"{size[1]:,} x {size[0]:,} pixels{quality}</figcaption></figure>"

@@ -22,11 +22,9 @@ from numpy.typing import NDArray
 from cache_builder import build_log
 from cache_builder.build_log import BuildRun
 from cache_builder.errors import ArtifactError
-from cache_builder.formats import zarr_store
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.columns import NO_LABEL, ShardColumns
 from cache_builder.formats.manifest import SKIPPED_NAME, CacheManifest, SkippedSample
-from cache_builder.formats.shards import TarShard
 from cache_builder.quality import Agreement, mean_agreement, neighbour_agreement
 
 Progress = Callable[[int, int], None]
@@ -48,10 +46,10 @@ class Spread(NamedTuple):
 class ViewUse(NamedTuple):
     """What views show of their images. Shares of area, means over images."""
 
-    first: float  # view 0
-    others: Spread | None  # of single views, to a thousandth; None with one view
+    first: float | None  # view 0; None where the views are crops that were added later
+    others: Spread | None  # of single crops, to a thousandth; None with one view
     together: float  # shown by one view or more, on a grid of 16 x 16 points
-    mirrored: float | None  # share of the views after the first
+    mirrored: float | None  # share of the crops
 
 
 class Example(NamedTuple):
@@ -116,11 +114,11 @@ def run(
     num_seen = 0
     for shard in shards:
         sums.add(shard, cache.columns(shard))
-        sums.part_bytes.update(_part_bytes(cache, shard))
+        sums.part_bytes.update(cache.part_bytes(shard))
         num_seen += cache.manifest.shards[shard].num_samples
         if progress:
             progress(num_seen, total)
-    location = str(cache.path)
+    location = cache.location
     reasons, skipped = _skipped(cache)
     return CacheSurvey(
         location=location,
@@ -166,6 +164,7 @@ class _Sums:
         self._area_thousandths = Counter[int]()  # of views after the first
         self._sum_first = self._sum_together = 0.0
         self._num_images = self._num_others = self._num_mirrored = 0
+        self._crops = slice(0 if spec.view_spec.first_view else 1, None)
         self._num_examples = num_examples
         self._per_class = num_examples if len(spec.class_names) <= _EVEN_CLASSES else 2
         self._candidates: dict[int, list[tuple[int, Example]]] = {}
@@ -184,7 +183,7 @@ class _Sums:
         thousandths = self._area_thousandths
         others = [value / 1000 for value in spread(thousandths)] if thousandths else None
         return ViewUse(
-            first=self._sum_first / self._num_images,
+            first=self._sum_first / self._num_images if self._crops.start else None,
             others=Spread(*others) if others else None,
             together=self._sum_together / self._num_images,
             mirrored=self._num_mirrored / self._num_others if self._num_others else None,
@@ -218,10 +217,11 @@ class _Sums:
         sizes = columns.image_sizes.astype(np.int64)
         boxes = columns.views.astype(np.int64)
         areas = boxes[..., 2] * boxes[..., 3] / sizes.prod(1)[:, None]  # (n, V)
+        crops = areas[:, self._crops]
         self._sum_first += float(areas[:, 0].sum())
-        self._area_thousandths.update(_counted((areas[:, 1:] * 1000).round().astype(np.int64)))
-        self._num_mirrored += int(boxes[:, 1:, 4].sum())
-        self._num_others += areas[:, 1:].size
+        self._area_thousandths.update(_counted((crops * 1000).round().astype(np.int64)))
+        self._num_mirrored += int(boxes[:, self._crops, 4].sum())
+        self._num_others += crops.size
         self._num_images += len(sizes)
         points = (np.arange(_COVER_CELLS) + 0.5) / _COVER_CELLS
         rows, cols = (
@@ -257,28 +257,20 @@ def _choose_shards(manifest: CacheManifest, max_images: int | None) -> list[int]
     return sorted(chosen)
 
 
-def _part_bytes(cache: TokenCache, shard: int) -> Counter[str]:
-    opened = cache.shard(shard)
-    if isinstance(opened, TarShard):
-        return opened.part_bytes()
-    return zarr_store.part_bytes(cache.manifest.shards[shard].files)
-
-
 def _skipped(cache: TokenCache) -> tuple[list[tuple[str, int]], list[SkippedSample]]:
     if not cache.manifest.num_skipped:
         return [], []
-    path = cache.path / SKIPPED_NAME
     reasons, first = Counter[str](), list[SkippedSample]()
     try:
-        with path.open("rb") as lines:
-            for line in lines:
-                sample = SkippedSample.model_validate_json(line)
-                reasons[re.sub(r"\d[\d,]*", "#", sample.reason)] += 1
-                if len(first) < _MAX_SKIPPED:
-                    first.append(sample)
+        for line in cache.store.read(SKIPPED_NAME).splitlines():
+            sample = SkippedSample.model_validate_json(line)
+            reasons[re.sub(r"\d[\d,]*", "#", sample.reason)] += 1
+            if len(first) < _MAX_SKIPPED:
+                first.append(sample)
     except (OSError, ValueError) as exc:
         raise ArtifactError(
-            f"{path} cannot be read ({exc}). Run `patchcache verify {cache.path}`."
+            f"{cache.store.where(SKIPPED_NAME)} cannot be read ({exc}). "
+            f"Run `patchcache verify {cache.location}`."
         ) from exc
     return reasons.most_common(), first
 

@@ -274,17 +274,19 @@ def _view_facts(survey: CacheSurvey) -> Iterator[Measure]:
     spec, views = survey.manifest.view_spec, survey.views
     yield Measure(
         "views per image", f"{spec.num_views:,}", f"{spec.size} x {spec.size} pixels",
-        "The first is the largest centred square, the others are random crops.",
+        "View 0 is the largest centred square, the others are random crops.",
     )  # fmt: skip
-    yield Measure(
-        "area of the first view", f"{views.first:.1%}", "", "Share of its image, mean over images."
-    )
+    if views.first is not None:
+        yield Measure(
+            "area of the first view", f"{views.first:.1%}", "",
+            "Share of its image, mean over images.",
+        )  # fmt: skip
     if views.others is None or views.mirrored is None:
         return
     low, middle, high = views.others
     yield Measure(
-        "area of the others", f"{middle:.1%}", f"{low:.1%} to {high:.1%}",
-        f"The same of one crop: median; asked for were {spec.scale[0]:.0%} to {spec.scale[1]:.0%}.",
+        "area of random crops", f"{middle:.1%}", f"{low:.1%} to {high:.1%}",
+        f"Share of the image, median; {spec.scale[0]:.0%} to {spec.scale[1]:.0%} asked for.",
     )  # fmt: skip
     yield Measure(
         "area of all views", f"{views.together:.1%}", "",

@@ -184,8 +184,11 @@ def fit(
 @app.command()
 def build(
     images: Images,
-    codebook: Annotated[Path, typer.Option(help="What `patchcache fit` wrote.")],
-    out: Annotated[Path, typer.Option(help="The cache, a directory.")],
+    codebook: Annotated[
+        list[str],
+        typer.Option(help="What `patchcache fit` wrote; several are made from one decode."),
+    ],
+    out: Annotated[str, typer.Option(help="The cache: a directory, s3://, gs:// or az://.")],
     views: Annotated[int, typer.Option(min=1, help="Crops per image; the first is centred.")] = 1,
     scale: Annotated[str, typer.Option(help="LOW,HIGH share of the picture in a crop.")] = "0.2,1",
     ratio: Annotated[str, typer.Option(help="LOW,HIGH width / height of a crop.")] = "3/4,4/3",
@@ -236,7 +239,8 @@ def build(
         summary = job.run(
             job.BuildOptions(
                 images=images,
-                codebook=codebook,
+                codebook=codebook[0],
+                further_codebooks=tuple(codebook[1:]),
                 out=out,
                 num_views=views,
                 scale=pair("--scale", scale),
@@ -265,7 +269,7 @@ def build(
 
 @app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(help="A finished cache.")],
+    cache: Annotated[str, typer.Argument(help="A finished cache.")],
     retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
     images: Annotated[
         str | None, typer.Option(help="Where the images of a cache without images lie now.")
@@ -301,7 +305,9 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A codebook, cache, shard or checkpoint.")],
+    location: Annotated[
+        str, typer.Argument(help="A codebook, cache, shard or checkpoint.", metavar="PATH")
+    ],
     images: Annotated[
         str | None,
         typer.Option(
@@ -330,8 +336,11 @@ def inspect(
     """
     from cache_builder import cli_inspect
 
-    if path.is_dir():
-        cli_inspect.survey(path, images=images, page=page, max_images=max_images, as_json=as_json)
+    path = Path(location)
+    if "://" in location or path.is_dir():
+        cli_inspect.survey(
+            location, images=images, page=page, max_images=max_images, as_json=as_json
+        )
         return
     if images is not None:
         from cache_builder.appraisal import AppraisalOptions
@@ -377,7 +386,7 @@ def serve(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe of ours (beit, beit_drop) or a .toml.")],
-    cache: Annotated[Path, typer.Option(help="A finished cache.")],
+    cache: Annotated[str, typer.Option(help="A finished cache.")],
     out: Annotated[
         Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE.")
     ] = None,
@@ -406,10 +415,10 @@ def train(
 def probe(
     checkpoint: Annotated[Path, typer.Argument(help="What `patchcache train` wrote.")],
     cache: Annotated[
-        Path | None, typer.Option(help="A labelled cache; default the one trained on.")
+        str | None, typer.Option(help="A labelled cache; default the one trained on.")
     ] = None,
     test_cache: Annotated[
-        Path | None, typer.Option(help="Test on this cache; default a fifth of the first.")
+        str | None, typer.Option(help="Test on this cache; default a fifth of the first.")
     ] = None,
     images: Annotated[
         str | None, typer.Option(help="Where the images of a cache without images lie now.")

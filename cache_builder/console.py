@@ -24,10 +24,12 @@ from rich.progress import (
 from rich.table import Table
 
 from cache_builder.measures import size_text
+from cache_builder.stores import join_location
 
 if TYPE_CHECKING:
     from cache_builder.appraisal import Appraisal
-    from cache_builder.build import BuildSummary, UnitReport
+    from cache_builder.build import BuildSummary
+    from cache_builder.build_worker import UnitReport
     from cache_builder.cache_survey import CacheSurvey
     from cache_builder.fit import FitSummary
     from cache_builder.formats import CacheManifest
@@ -194,11 +196,13 @@ def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
     return lines
 
 
-def build_lines(summary: "BuildSummary", out: Path) -> list[str]:
+def build_lines(summary: "BuildSummary", out: str) -> list[str]:
     """Say what a build did and what to run next."""
     manifest = summary.manifest
     kept = f", {summary.num_units_kept} of them kept from before" if summary.num_units_kept else ""
-    reasons = f", with reasons in {out / 'skipped.jsonl'}" if manifest.num_skipped else ""
+    reasons = (
+        f", with reasons in {join_location(out, 'skipped.jsonl')}" if manifest.num_skipped else ""
+    )
     rows, cols = manifest.grid
     return [
         f"cache        {out}",
@@ -228,11 +232,11 @@ def _payload_lines(manifest: "CacheManifest") -> Iterator[str]:
         )
 
 
-def build_result(summary: "BuildSummary", out: Path) -> dict[str, JsonValue]:
+def build_result(summary: "BuildSummary", out: str) -> dict[str, JsonValue]:
     """Return what a build did, for a script."""
     manifest = summary.manifest
     return {
-        "cache": str(out),
+        "cache": out,
         "fingerprint": manifest.fingerprint,
         "num_samples": manifest.num_samples,
         "num_views": manifest.num_samples * manifest.view_spec.num_views,

@@ -9,6 +9,8 @@
     +-- TokenizerMismatchError   two fingerprints differ: tokens of two tokenizers would mix
     +-- ImageError               one image cannot be decoded: the build records it and goes on
     +-- WorkerLostError          a process that held part of the work died: run again
+    +-- StorageError             an object store does not answer or refuses: mend access, run again
+    +-- CacheInUseError          another driver writes the same cache: wait for it
     +-- NotFiniteError           training diverged: the message names the batch
 
 Anything else that escapes is a bug of ours and keeps its traceback.
@@ -49,6 +51,14 @@ class ImageError(PatchCacheError):
 
 class WorkerLostError(PatchCacheError):
     """A worker process died with what it held."""
+
+
+class StorageError(PatchCacheError):
+    """An object store does not answer, or refuses."""
+
+
+class CacheInUseError(PatchCacheError):
+    """Another driver writes the same cache."""
 
 
 class NotFiniteError(PatchCacheError):

@@ -108,6 +108,7 @@ def boxes(
     image_size: tuple[int, int],
     picture: str | None,
     label: str,
+    first_view: int = 0,
 ) -> str:
     """Return an image with its views as numbered boxes, SVG; mirrored views are dashed.
 
@@ -116,6 +117,7 @@ def boxes(
         image_size: Height and width that the boxes refer to.
         picture: The image as a data URI, of any resolution; None draws an empty frame.
         label: What to say to those who do not see it.
+        first_view: Index of the first of `views`.
     """
     height, width = image_size
     scale = _SVG_SIDE / max(height, width)
@@ -126,7 +128,7 @@ def boxes(
         else f'<rect class="blank" width="{across:.1f}" height="{down:.1f}"/>'
     )
     frames, tags = [], []
-    for number, (top, left, h, w, hflip) in enumerate(views.tolist()):
+    for number, (top, left, h, w, hflip) in enumerate(views.tolist(), first_view):
         colour, dash = view_colour(number), ' stroke-dasharray="14 8"' if hflip else ""
         x, y, wide, high = (value * scale for value in (left, top, w, h))
         inset = _STROKE / 2

@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 from cache_builder import files
+from cache_builder.commit import layer_store
 from cache_builder.errors import ConfigError, TokenizerMismatchError
 from cache_builder.formats import zarr_store
 from cache_builder.formats.codebook import Codebook
@@ -14,63 +15,124 @@ from cache_builder.formats.manifest import (
     PLAN_NAME,
     BuildPlan,
     CacheSpec,
-    plan_unit_path,
+    PlanUnit,
+    plan_unit_name,
     read_model,
     to_json,
 )
-from cache_builder.sources import Listing
+from cache_builder.stores import LOCK_NAME, Store
 
 # What a driver writes before plan.json: plan units, and files under temporary names.
-_EARLY_FILES = re.compile(r"plan|plan/\d{6,}\.json|(plan/)?\.[^/]+\.tmp")
+_EARLY_FILES = re.compile(r"plan|plan/\d{6,}\.json|(plan/)?\.[^/]+\.tmp|" + re.escape(LOCK_NAME))
 
 
-def settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook) -> BuildPlan:
+class LayerSpec(NamedTuple):
+    """A layer that is to be built."""
+
+    name: str
+    spec: CacheSpec
+    codebook: Codebook
+
+
+def settle_plan(
+    store: Store,
+    spec: CacheSpec,
+    units: Iterable[PlanUnit],
+    codebook: Codebook,
+    layers: Iterable[LayerSpec] = (),
+) -> BuildPlan:
     """Write the plan, or check that the one that is there is this one; make ready for workers.
 
+    Args:
+        store: Of the cache.
+        spec: Its settings.
+        units: Its units; gone through twice.
+        codebook: Of the cache itself.
+        layers: What is built in the same pass.
+
     Raises:
-        ConfigError: `out` holds a build with other settings or images, or something else.
+        ConfigError: The store holds a build with other settings or images, or something else.
         TokenizerMismatchError: It holds a build with another tokenizer.
     """
-    texts = [to_json(unit) for unit in listing.units]
-    plan = BuildPlan(spec=spec, num_units=len(texts), units_sha256=units_sha256(texts))
-    path = out / PLAN_NAME
-    if path.is_file():
-        _refuse_other_plan(out, read_model(BuildPlan, path), plan)
+    digests = [files.sha256_bytes(to_json(unit)) for unit in units]
+    layers = tuple(layers)
+    plan = BuildPlan(
+        spec=spec,
+        num_units=len(digests),
+        units_sha256=_sha256_of(digests),
+        layers=tuple(layer.name for layer in layers),
+    )
+    is_there = store.exists(PLAN_NAME)
+    if is_there:
+        _refuse_other_plan(store.location, read_model(BuildPlan, store, PLAN_NAME), plan)
     else:
-        _refuse_foreign_folder(out)
-    for unit, text in enumerate(texts):
-        target = plan_unit_path(out, unit)
-        if not target.is_file() or target.read_bytes() != text:
-            files.publish(target, text)
-    if not path.is_file():
-        files.publish_new(path, to_json(plan))
-    # Done on every run, with the same bytes: what a kill or a damaged disk left out is back.
-    codebook.save(out / CODEBOOK_NAME)
-    if spec.layout == "zarr":
-        zarr_store.create_store(out, spec, len(texts))
+        _refuse_foreign_folder(store)
+    for unit, digest in zip(units, digests, strict=True):
+        name = plan_unit_name(unit.unit)
+        if not is_there or not _has(store, name, digest):
+            store.publish(name, to_json(unit))
+    if not is_there:
+        store.publish_new(PLAN_NAME, to_json(plan))
+    _make_ready(store, plan, codebook)
+    for layer in layers:
+        settle_layer(layer_store(store, layer.name), plan, layer)
     return plan
+
+
+def settle_layer(store: Store, base: BuildPlan, layer: LayerSpec) -> BuildPlan:
+    """Write the plan of a layer, whose units are those of its cache, or check the one there.
+
+    Raises:
+        ConfigError: The layer was begun with other settings.
+    """
+    plan = BuildPlan(spec=layer.spec, num_units=base.num_units, units_sha256=base.units_sha256)
+    if store.exists(PLAN_NAME):
+        _refuse_other_plan(store.location, read_model(BuildPlan, store, PLAN_NAME), plan)
+    else:
+        store.publish_new(PLAN_NAME, to_json(plan))
+    _make_ready(store, plan, layer.codebook)
+    return plan
+
+
+def _make_ready(store: Store, plan: BuildPlan, codebook: Codebook) -> None:
+    # Done on every run, with the same bytes: what a kill or a damaged disk left out is back.
+    store.publish(CODEBOOK_NAME, codebook.to_bytes())
+    if plan.spec.layout == "zarr":
+        zarr_store.create_store(store, plan.spec, plan.num_units)
+
+
+def _has(store: Store, name: str, digest: str) -> bool:
+    try:
+        return store.measure(name).sha256 == digest
+    except FileNotFoundError:
+        return False
 
 
 def units_sha256(texts: Iterable[bytes]) -> str:
     """Return the one digest of the contents of every plan unit file, in order."""
-    return files.sha256_bytes("".join(files.sha256_bytes(text) for text in texts).encode())
+    return _sha256_of(files.sha256_bytes(text) for text in texts)
 
 
-def _refuse_foreign_folder(out: Path) -> None:
-    """Accept a folder that is absent, empty, or holds what a driver left that died early."""
+def _sha256_of(digests: Iterable[str]) -> str:
+    return files.sha256_bytes("".join(digests).encode())
+
+
+def _refuse_foreign_folder(store: Store) -> None:
+    """Accept a place that is absent, empty, or holds what a driver left that died early."""
     left = []
-    for path in out.rglob("*"):
-        if not _EARLY_FILES.fullmatch(path.relative_to(out).as_posix()):
+    for name in store.names():
+        if not _EARLY_FILES.fullmatch(name):
             raise ConfigError(
-                f"{out} is not empty and holds no {PLAN_NAME}. Choose another --out, or empty it."
+                f"{store.location} is not empty and holds no {PLAN_NAME}. "
+                "Choose another --out, or empty it."
             )
-        left.append(path)
-    for path in left:
-        if path.is_file():
-            path.unlink()
+        left.append(name)
+    for name in left:
+        if name != LOCK_NAME:
+            store.remove(name)
 
 
-def _refuse_other_plan(out: Path, there: BuildPlan, asked: BuildPlan) -> None:
+def _refuse_other_plan(out: str, there: BuildPlan, asked: BuildPlan) -> None:
     if there == asked:
         return
     before, after = there.model_dump(mode="json"), asked.model_dump(mode="json")

@@ -28,10 +28,11 @@ from cache_builder.formats.manifest import (
     PlanRow,
     PlanUnit,
     SourceInfo,
-    plan_unit_path,
+    plan_unit_name,
     read_model,
 )
 from cache_builder.formats.shards import check_end
+from cache_builder.stores import Store
 
 logger = logging.getLogger(__name__)
 
@@ -197,13 +198,13 @@ class ImageJoin:
     Args of `read` name a unit and a key; positions are never compared.
     """
 
-    def __init__(self, cache_dir: Path, info: SourceInfo, location: str | None = None) -> None:
+    def __init__(self, cache: Store, info: SourceInfo, location: str | None = None) -> None:
         """Join to the recorded source, or to `location` if the images have moved.
 
         Raises:
             SourceError: There is nothing at the place.
         """
-        self._cache_dir = cache_dir
+        self._cache = cache
         self._root = Path(location or info.location)
         self._kind = info.kind
         self._moved = location is not None
@@ -211,7 +212,7 @@ class ImageJoin:
         self._tars: dict[str, _TarReader] = {}
         if info.kind == "folder" and not self._root.is_dir():
             raise SourceError(
-                f"{cache_dir} holds no images, and their folder {self._root} is not there. "
+                f"{cache.location} holds no images, and their folder {self._root} is not there. "
                 "Name the folder that they lie in now."
             )
 
@@ -222,11 +223,11 @@ class ImageJoin:
             SourceError: It is not there.
         """
         if unit not in self._units:
-            plan = read_model(PlanUnit, plan_unit_path(self._cache_dir, unit))
+            plan = read_model(PlanUnit, self._cache, plan_unit_name(unit))
             self._units[unit] = (plan.container, {row.key: row.source for row in plan.rows})
         container, places = self._units[unit]
         if key not in places:
-            raise SourceError(f"{self._cache_dir}: unit {unit} has no image of key {key}.")
+            raise SourceError(f"{self._cache.location}: unit {unit} has no image of key {key}.")
         if self._kind == "folder":
             return _read_file(self._root / places[key])
         if container not in self._tars:

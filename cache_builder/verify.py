@@ -25,10 +25,10 @@ from cache_builder.formats.manifest import (
     PlanUnit,
     ShardInfo,
     UnitRecord,
-    plan_unit_path,
+    plan_unit_name,
     read_model,
     to_json,
-    unit_record_path,
+    unit_record_name,
 )
 from cache_builder.formats.payloads import FeatureTotals, SoftTotals, sum_features, sum_soft
 from cache_builder.formats.sample import CachedSample
@@ -89,7 +89,7 @@ Progress = Callable[[int, int], None]
 
 
 def run(
-    cache_dir: Path,
+    cache_dir: str | Path,
     *,
     retokenize: int = 0,
     images: str | None = None,
@@ -123,7 +123,7 @@ def run(
     if retokenize and not checker.problems:
         join = None
         if cache.manifest.spec.images_in_cache == "none":
-            join = ImageJoin(cache_dir, cache.manifest.spec.source, images)
+            join = ImageJoin(cache.store, cache.manifest.spec.source, images)
         tokenizer = PatchTokenizer.load(cache.codebook, device, weights)
         retokenized = _retokenize(cache, retokenize, tokenizer, join)
         checker.problems += retokenized.problems()
@@ -155,7 +155,7 @@ class _Checker:
     def check_codebook(self) -> None:
         manifest = self._cache.manifest
         self.num_files += 1
-        if damage := manifest.codebook.damage(self._cache.path):
+        if damage := manifest.codebook.damage(self._cache.store):
             self.problems.append(damage)
         try:
             codebook = self._cache.codebook
@@ -168,20 +168,24 @@ class _Checker:
             )
 
     def check_plan(self) -> None:
-        manifest, path = self._cache.manifest, self._cache.path / PLAN_NAME
-        units = [plan_unit_path(self._cache.path, unit) for unit in range(len(manifest.shards))]
+        manifest, store = self._cache.manifest, self._cache.store
+        units = [plan_unit_name(unit) for unit in range(len(manifest.shards))]
         try:
-            plan = read_model(BuildPlan, path)
+            plan = read_model(BuildPlan, store, PLAN_NAME)
         except ArtifactError as exc:
             self.problems.append(str(exc))
             return
         if plan.spec != manifest.spec or plan.num_units != len(manifest.shards):
-            self.problems.append(f"{path} and the manifest are of two builds")
-        missing = [unit for unit in units if not unit.is_file()]
-        if missing:
-            self.problems.append(f"{missing[0]} is missing")
-        elif plan.units_sha256 != units_sha256(unit.read_bytes() for unit in units):
-            self.problems.append(f"{path.parent / 'plan'} is not the list of images of {path}")
+            self.problems.append(f"{store.where(PLAN_NAME)} and the manifest are of two builds")
+        try:
+            digest = units_sha256(store.read(name) for name in units)
+        except FileNotFoundError as exc:
+            self.problems.append(f"a file of the plan is missing: {exc}")
+            return
+        if plan.units_sha256 != digest:
+            self.problems.append(
+                f"{store.where('plan')} is not the list of images of {store.where(PLAN_NAME)}"
+            )
 
     def check_unit(self, unit: int) -> None:
         """Check one unit; whatever is wrong with it is one problem or more, never an exception."""
@@ -189,7 +193,7 @@ class _Checker:
         whole = True
         for file in (*info.files, info.record):
             self.num_files += 1
-            if damage := file.damage(self._cache.path):
+            if damage := file.damage(self._cache.store):
                 self.problems.append(f"unit {unit}: {damage}")
                 whole = False
         if not whole:
@@ -216,13 +220,16 @@ class _Checker:
         totals = sum_soft(self._soft), sum_features(self._features)
         if totals != (manifest.soft, manifest.features) and not self.problems:
             self.problems.append("soft or features of the manifest are not those of its records")
-        path = self._cache.path / SKIPPED_NAME
-        if not path.is_file() or path.read_bytes() != b"".join(self._skipped):
-            self.problems.append(f"{path} does not list the skipped images of the commit records")
+        store = self._cache.store
+        if not store.exists(SKIPPED_NAME) or store.read(SKIPPED_NAME) != b"".join(self._skipped):
+            self.problems.append(
+                f"{store.where(SKIPPED_NAME)} does not list the skipped images of the "
+                "commit records"
+            )
 
     def _check_samples(self, unit: int, info: ShardInfo) -> None:
-        record = read_model(UnitRecord, unit_record_path(self._cache.path, unit))
-        planned = read_model(PlanUnit, plan_unit_path(self._cache.path, unit))
+        record = read_model(UnitRecord, self._cache.store, unit_record_name(unit))
+        planned = read_model(PlanUnit, self._cache.store, plan_unit_name(unit))
         self._skipped += [to_json(sample) for sample in record.skipped]
         self.num_skipped += len(record.skipped)
         self._soft += [record.soft] if record.soft else []

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import urllib.request
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,3 +103,34 @@ def cifar_tar():
 def mobilenet_weights():
     """Weights of a real ImageNet encoder, timm's mobilenetv2_100."""
     return _data("weights/mobilenetv2_100.same.fp16.safetensors")
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A local server that speaks S3's protocol; returns its URL."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    """An empty bucket, `s3://...`, that every client finds by the environment."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    urllib.request.urlopen(
+        urllib.request.Request(f"{s3_server}/{name}", method="PUT"), timeout=10
+    ).close()
+    return f"s3://{name}"

@@ -10,14 +10,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cache_builder import build, files
+from cache_builder import build
+from cache_builder.build_worker import BuildTask, BuildWorker
+from cache_builder.commit import read_summaries, write_manifest
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
-from cache_builder.formats.manifest import BuildPlan, CacheManifest, unit_record_path
+from cache_builder.formats.manifest import (
+    BuildPlan,
+    CacheManifest,
+    read_model,
+    to_json,
+    unit_record_name,
+)
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode
 from cache_builder.planning import settle_plan
 from cache_builder.sources import Listing, open_source
+from cache_builder.stores import open_store
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 
 PATCH = 4  # side of a patch of the drawn pictures
@@ -157,10 +166,10 @@ def build_cache(listing: Listing | None = None, **settings: Any) -> CacheManifes
     """Build a cache as `patchcache build` does, one unit after another in this process."""
     options = build.BuildOptions(**({"device": "cpu"} | settings))
     plan = plan_cache(listing, **settings)
-    worker = build.BuildWorker(str(options.out), options.images, "cpu", options.weights)
+    worker = make_worker(options.out, plan, images=options.images, weights=options.weights)
     for unit in range(plan.num_units):
         worker.run(unit)
-    return build._finish(options.out, plan)
+    return finish(options.out)
 
 
 def plan_cache(listing: Listing | None = None, **settings: Any) -> BuildPlan:
@@ -169,14 +178,31 @@ def plan_cache(listing: Listing | None = None, **settings: Any) -> BuildPlan:
     codebook = Codebook.load(options.codebook)
     listing = listing or open_source(options.images).scan(options.unit_size)
     spec = build._cache_spec(options, codebook, listing)
-    return settle_plan(options.out, spec, listing, codebook)
+    return settle_plan(open_store(options.out), spec, listing.units, codebook)
+
+
+def make_worker(cache_dir: Path, plan: BuildPlan, **task: Any) -> BuildWorker:
+    """Return a worker of a planned build, on the CPU."""
+    told = {"images": plan.spec.source.location, "names": ("",), "device": "cpu"} | task
+    return BuildWorker(BuildTask(cache=str(cache_dir), **told))
+
+
+def finish(cache_dir: Path) -> CacheManifest:
+    """Write the manifest that belongs to the commit records."""
+    store = open_store(cache_dir)
+    plan = read(BuildPlan, cache_dir, "plan.json")
+    return write_manifest(store, plan, read_summaries(store, plan.num_units))
+
+
+def read(model, cache_dir: Path, name: str):
+    """Read a JSON file of a cache."""
+    return read_model(model, open_store(cache_dir), name)
 
 
 def rewrite_record(cache_dir: Path, unit: int, record) -> None:
     """Replace a commit record, and publish the manifest that belongs to it."""
-    plan = build.read_model(BuildPlan, cache_dir / "plan.json")
-    files.publish(unit_record_path(cache_dir, unit), build.to_json(record))
-    build._finish(cache_dir, plan)
+    open_store(cache_dir).publish(unit_record_name(unit), to_json(record))
+    finish(cache_dir)
 
 
 def contents(root: Path) -> dict[str, bytes]:

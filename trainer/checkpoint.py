@@ -24,6 +24,7 @@ from cache_builder import files
 from cache_builder.errors import ArtifactError, ConfigError, TokenizerMismatchError
 from cache_builder.formats import CacheManifest
 from cache_builder.formats.codebook import check_format_version
+from cache_builder.stores import absolute_location
 from trainer.config import TrainConfig, differences, parse_config
 from trainer.model import VitSpec, build_vit
 
@@ -70,11 +71,11 @@ class CacheIdentity(BaseModel, frozen=True, extra="forbid"):
     vocab_size: int = Field(gt=0)
 
     @classmethod
-    def of(cls, path: Path, manifest: CacheManifest) -> "CacheIdentity":
+    def of(cls, path: str | Path, manifest: CacheManifest) -> "CacheIdentity":
         """Identify a cache; moving it changes nothing but the path."""
         shards = [[shard.num_samples, shard.sha256] for shard in manifest.shards]
         return cls(
-            path=str(path.resolve()),
+            path=absolute_location(path),
             fingerprint=manifest.fingerprint,
             content=files.sha256_bytes(files.canonical_json(shards)),
             num_samples=manifest.num_samples,
@@ -170,7 +171,7 @@ def load(path: str | Path) -> Checkpoint:
             raise ArtifactError(f"{path}: member {damaged} is damaged. {_what_now(path)}")
         content = torch.load(path, map_location="cpu", weights_only=True)
         text, model, optimizer = content["header"], content["model"], content["optimizer"]
-        check_format_version(text, FORMAT_VERSION, path)
+        check_format_version(text, FORMAT_VERSION, str(path))
         return Checkpoint(Header.model_validate_json(text), model, optimizer)
     except (
         OSError,

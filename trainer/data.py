@@ -118,7 +118,7 @@ class CachedViews:
 
     def __init__(
         self,
-        cache_path: Path,
+        cache_path: str | Path,
         *,
         image_size: int,
         images: str | None = None,
@@ -206,7 +206,7 @@ class CachedViews:
         source = self._cache.manifest.spec.source
         try:
             if self._join is None:
-                self._join = ImageJoin(self._cache_path, source, self._images)
+                self._join = ImageJoin(self._cache.store, source, self._images)
             return self._join.read(shard, sample.key)
         except SourceError as exc:
             raise ConfigError(

@@ -103,7 +103,7 @@ def probe(
     vits = [vit.to(target).eval() for vit in vits]
     size = loaded.header.vit_spec.image_size
 
-    path = Path(cache_path or loaded.header.cache.path)
+    path = cache_path or loaded.header.cache.path
     samples = _read(vits, path, max_samples, data, size, target)
     if test_cache is None:
         train = [samples.part(vit, ~samples.is_test) for vit in range(2)]
@@ -197,7 +197,7 @@ def pooled_features(vit: VisionTransformer, images: Tensor) -> Tensor:
     return tokens[:, vit.num_prefix_tokens :].mean(1).float()
 
 
-def choose_samples(cache_path: Path, max_samples: int) -> list[Pick]:
+def choose_samples(cache_path: str | Path, max_samples: int) -> list[Pick]:
     """Return up to `max_samples` samples of a cache, chosen by a hash of their keys."""
     with TokenCache.open(cache_path) as cache:
         ranked = [
@@ -216,7 +216,7 @@ def is_test_key(key: str) -> bool:
 
 def _read(
     vits: list[VisionTransformer],
-    cache_path: Path,
+    cache_path: str | Path,
     max_samples: int,
     data: DataConfig,
     image_size: int,
@@ -251,7 +251,7 @@ def _read(
     )
 
 
-def _count_classes(train: Part, test: Part, cache_path: Path, k: int) -> int:
+def _count_classes(train: Part, test: Part, cache_path: str | Path, k: int) -> int:
     num_classes = len(train.labels.unique())
     if num_classes < 2:
         raise ConfigError(

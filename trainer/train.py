@@ -80,7 +80,7 @@ def run(
     """
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after counts steps from 1; it cannot be {stop_after}.")
-    cache_path, out_dir = Path(cache_path), Path(out_dir)
+    out_dir = Path(out_dir)
     manifest = CacheManifest.load(cache_path)
     trainer = Trainer(config, manifest, CacheIdentity.of(cache_path, manifest), out_dir)
     newest = checkpoints.latest(out_dir)
@@ -141,7 +141,7 @@ class Trainer:
         self._last_saved = path
         logger.info("resuming from %s", path)
 
-    def train(self, cache_path: Path, last_step: int) -> TrainSummary:
+    def train(self, cache_path: str | Path, last_step: int) -> TrainSummary:
         """Take steps until `last_step` are done or a signal asks to leave."""
         config = self.config
         files.sweep(self._out_dir)

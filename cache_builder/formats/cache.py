@@ -1,31 +1,37 @@
 """The one reader of finished caches, whichever layout they have."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, Self, get_args
+from typing import Any, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache_builder.errors import ArtifactError, TokenizerMismatchError
+from cache_builder.formats import zarr_store
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.columns import ShardColumns, no_columns
 from cache_builder.formats.manifest import (
     CacheManifest,
+    CacheSpec,
     UnitRecord,
     read_model,
-    unit_record_path,
+    unit_record_name,
 )
-from cache_builder.formats.payloads import PayloadName
+from cache_builder.formats.payloads import PayloadName, sum_features, sum_soft
 from cache_builder.formats.sample import CachedSample
-from cache_builder.formats.shards import TarShard, shard_path
+from cache_builder.formats.shards import TarShard
 from cache_builder.formats.zarr_store import ZarrShard
+from cache_builder.stores import Store, join_location, open_store
 
 _MAX_OPEN_SHARDS = 64
 _PAYLOAD_NAMES: frozenset[str] = frozenset(get_args(PayloadName))
+IMAGE_ALONE: frozenset[PayloadName] = frozenset({"image"})
 _TOKEN_TYPE = np.dtype(np.uint16)
+_PER_VIEW = ("views", "token_ids", "soft_ids", "soft_probs", "features", "feature_scales")
 
 
 class Shard(Protocol):
@@ -54,40 +60,79 @@ class TokenCache:
     A sample has a place (shard, row), and an index that counts through the shards. Shards are
     opened when first read, and the least recently read are closed again. One object belongs to
     one thread; a process that forks gives each child its own.
+
+    A cache that was extended holds the targets of several tokenizers, or views that were added
+    later, in layers. One object shows one tokenizer, with all its views in the order of their
+    indices; `manifest` is what a manifest would say of a cache that held just that.
     """
 
-    def __init__(self, path: Path, manifest: CacheManifest) -> None:
-        """Keep the manifest; call `open` to get one from disk."""
-        self.path = path
+    def __init__(
+        self,
+        store: Store,
+        manifest: CacheManifest,
+        parts: Sequence["_Part"],
+        images: CacheManifest | None = None,
+    ) -> None:
+        """Keep what was found; call `open` to get a cache by its place."""
+        self.store = store
         self.manifest = manifest
+        self._parts = parts
+        self._images = images  # the cache's own manifest, where no part holds the images
         self._starts = [0, *accumulate(shard.num_samples for shard in manifest.shards)]
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._tokens_shape = manifest.spec.tokens_shape
         self._payload_arrays = manifest.spec.payload_arrays
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Open a cache.
+    def open(cls, path: str | Path, tokenizer: str | None = None) -> Self:
+        """Open a cache, in a directory or at a URL of an object store.
+
+        Args:
+            path: Where it lies.
+            tokenizer: Fingerprint of a tokenizer, or its first characters; None is the one that
+                the cache was built with first.
 
         Raises:
-            ArtifactError: The build has not finished, or the manifest is damaged.
+            ArtifactError: The build has not finished, or a manifest is damaged.
+            TokenizerMismatchError: The cache holds no targets of that tokenizer.
         """
-        path = Path(path)
-        return cls(path, CacheManifest.load(path))
+        store = open_store(path)
+        base = CacheManifest.load(store)
+        fingerprint = _choose_tokenizer(base, tokenizer, store.location)
+        parts = [_Part(store, base)] if base.fingerprint == fingerprint else []
+        for layer in sorted(base.layers, key=lambda layer: layer.first_view):
+            if layer.fingerprint == fingerprint:
+                below = open_store(join_location(store.location, layer.name))
+                parts.append(_Part(below, CacheManifest.load(below)))
+        manifest = base if parts == [_Part(store, base)] else _merge(base, parts)
+        # Layers hold no images; theirs are the cache's.
+        elsewhere = parts[0].manifest is not base and "image" in base.payloads
+        return cls(store, manifest, parts, base if elsewhere else None)
+
+    @property
+    def location(self) -> str:
+        """Where the cache lies, a path or a URL."""
+        return self.store.location
 
     @cached_property
     def codebook(self) -> Codebook:
         """The codebook that the token ids belong to, from the copy in the cache.
 
         Raises:
+            ArtifactError: The copy is missing or damaged.
             TokenizerMismatchError: The copy is another tokenizer's.
         """
-        path = self.path / self.manifest.codebook.path
-        codebook = Codebook.load(path)
+        store, manifest = self._parts[0]
+        place = store.where(manifest.codebook.path)
+        try:
+            codebook = Codebook.from_bytes(store.read(manifest.codebook.path), place)
+        except FileNotFoundError as exc:
+            raise ArtifactError(f"{place} is missing. Copy it back from its source.") from exc
         if codebook.fingerprint != self.manifest.fingerprint:
             raise TokenizerMismatchError(
-                f"{path} is tokenizer {codebook.fingerprint}, but the token ids in {self.path} "
-                f"come from {self.manifest.fingerprint}. Put the right codebook back."
+                f"{place} is tokenizer {codebook.fingerprint}, but the token ids in "
+                f"{self.location} come from {self.manifest.fingerprint}. "
+                "Put the right codebook back."
             )
         return codebook
 
@@ -153,16 +198,27 @@ class TokenCache:
         columns = self.shard(index).columns()
         if columns.views.shape[1:] != (num_views, 5):
             raise ArtifactError(
-                f"{self.path}: views of shard {index} are {columns.views.shape[1:]}, expected "
-                f"{(num_views, 5)}. Run `patchcache verify {self.path}`."
+                f"{self.location}: views of shard {index} are {columns.views.shape[1:]}, expected "
+                f"{(num_views, 5)}. Run `patchcache verify {self.location}`."
             )
         shape, found = self._tokens_shape, columns.token_ids
         if found.shape[1:] != shape or found.dtype != _TOKEN_TYPE:
             raise ArtifactError(
-                f"{self.path}: token ids of shard {index} are {found.shape[1:]} {found.dtype}, "
-                f"expected {shape} {_TOKEN_TYPE}. Run `patchcache verify {self.path}`."
+                f"{self.location}: token ids of shard {index} are {found.shape[1:]} {found.dtype}, "
+                f"expected {shape} {_TOKEN_TYPE}. Run `patchcache verify {self.location}`."
             )
         return columns
+
+    def part_bytes(self, index: int) -> Counter[str]:
+        """Return what the parts of one shard take, bytes without tar headers.
+
+        Parts are image, tokens, views, soft, features, and info for all the rest.
+        """
+        if self.manifest.spec.layout == "zarr":
+            images = self._images.shards[index].files if self._images else ()
+            kept = Counter({"image": zarr_store.part_bytes(images)["image"]})
+            return zarr_store.part_bytes(self.manifest.shards[index].files) + kept
+        return _part_bytes(self.shard(index))
 
     def shard(self, index: int) -> Shard:
         """Return one shard, opened."""
@@ -197,18 +253,160 @@ class TokenCache:
         if values is None or values.shape != shape or values.dtype != dtype:
             found = "missing" if values is None else f"{values.shape} {values.dtype}"
             raise ArtifactError(
-                f"{self.path}: {name.replace('_', ' ')} of {sample.key} are {found}, expected "
-                f"{shape} {dtype}. Run `patchcache verify {self.path}`."
+                f"{self.location}: {name.replace('_', ' ')} of {sample.key} are {found}, expected "
+                f"{shape} {dtype}. Run `patchcache verify {self.location}`."
             )
 
     def _open_shard(self, index: int) -> Shard:
-        info = self.manifest.shards[index]
-        if self.manifest.spec.layout == "zarr":
-            return ZarrShard(self.path, self.manifest.spec, index, info.num_samples)
-        record = read_model(UnitRecord, unit_record_path(self.path, index))
-        if len(record.samples) != info.num_samples:
+        num_samples = self.manifest.shards[index].num_samples
+        opened = [
+            open_unit(part.store, part.manifest.spec, index, num_samples) for part in self._parts
+        ]
+        images = None
+        if self._images is not None:
+            images = open_unit(self.store, self._images.spec, index, num_samples)
+        if images is None and len(opened) == 1:
+            return opened[0]
+        return _Layers(self.location, opened, images)
+
+
+class _Part(NamedTuple):
+    """A cache or a layer that holds some of the targets."""
+
+    store: Store
+    manifest: CacheManifest
+
+
+class _Layers:
+    """The samples of one unit, whose targets lie side by side in a cache and its layers."""
+
+    def __init__(self, location: str, parts: list[Shard], images: Shard | None) -> None:
+        self._location = location
+        self._parts = parts
+        self._images = images  # where a part does not hold them
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self._parts[0].keys
+
+    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
+        first, *others = (part.read(row, payloads) for part in self._parts)
+        image = first.image
+        if self._images is not None and (payloads is None or "image" in payloads):
+            other = self._images.read(row, IMAGE_ALONE)
+            self._check_key(first, other)
+            image = other.image
+        for other in others:
+            self._check_key(first, other)
+        joined: dict[str, Any] = {
+            name: _joined([getattr(sample, name) for sample in (first, *others)])
+            for name in _PER_VIEW
+        }
+        return first._replace(image=image, **joined)
+
+    def columns(self) -> ShardColumns:
+        first, *others = (part.columns() for part in self._parts)
+        for other in others:
+            if other.keys != first.keys:
+                raise ArtifactError(
+                    f"{self._location}: a layer has other samples than another part. "
+                    f"Run `patchcache verify {self._location}`."
+                )
+        every = (first, *others)
+        return first._replace(
+            views=np.concatenate([columns.views for columns in every], 1),
+            token_ids=np.concatenate([columns.token_ids for columns in every], 1),
+        )
+
+    def part_bytes(self) -> Counter[str]:
+        sizes = sum((_part_bytes(part) for part in self._parts), Counter[str]())
+        if self._images is not None:
+            sizes["image"] = _part_bytes(self._images)["image"]
+        return sizes
+
+    def close(self) -> None:
+        for part in (*self._parts, *([self._images] if self._images else [])):
+            part.close()
+
+    def _check_key(self, first: CachedSample, other: CachedSample) -> None:
+        if other.key != first.key:
             raise ArtifactError(
-                f"{self.path}: unit {index} lists {len(record.samples)} samples, the manifest "
-                f"says {info.num_samples}. Run `patchcache verify {self.path}`."
+                f"{self._location}: a layer has {other.key} where another part has {first.key}. "
+                f"Run `patchcache verify {self._location}`."
             )
-        return TarShard(shard_path(self.path, index), record)
+
+
+def _part_bytes(shard: Shard) -> Counter[str]:
+    return shard.part_bytes() if isinstance(shard, TarShard | _Layers) else Counter()
+
+
+def _joined(arrays: list[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """Return arrays of several groups of views as one; None if one of them is missing."""
+    kept = [array for array in arrays if array is not None]
+    return np.concatenate(kept) if len(kept) == len(arrays) else None
+
+
+def _choose_tokenizer(base: CacheManifest, wanted: str | None, location: str) -> str:
+    """Return the fingerprint that `wanted` begins."""
+    if wanted is None:
+        return base.fingerprint
+    there = sorted({base.fingerprint, *(layer.fingerprint for layer in base.layers)})
+    found = [fingerprint for fingerprint in there if fingerprint.startswith(wanted)]
+    if len(found) != 1:
+        raise TokenizerMismatchError(
+            f"{location} holds targets of tokenizers {', '.join(there)}; {wanted!r} names "
+            f"{len(found) or 'none'} of them. Give the first characters of one."
+        )
+    return found[0]
+
+
+def _merge(base: CacheManifest, parts: list[_Part]) -> CacheManifest:
+    """Return the manifest of a cache with all the views of some parts."""
+    first, specs = parts[0].manifest, [part.manifest.spec for part in parts]
+    view_spec = first.view_spec.model_copy(
+        update={"num_views": sum(spec.view_spec.num_views for spec in specs)}
+    )
+    spec = first.spec.model_copy(
+        update={
+            "view_spec": view_spec,
+            "images_in_cache": base.spec.images_in_cache,
+            "soft": first.spec.soft if all(spec.soft for spec in specs) else None,
+            "features": first.spec.features if all(spec.features for spec in specs) else None,
+        }
+    )
+    shards = tuple(
+        shard.model_copy(
+            update={"files": tuple(f for p in parts for f in p.manifest.shards[number].files)}
+        )
+        for number, shard in enumerate(first.shards)
+    )
+    return base.model_copy(
+        update={
+            "spec": spec,
+            "payloads": spec.payloads,
+            "shards": shards,
+            "codebook": first.codebook,
+            "soft": sum_soft(p.manifest.soft for p in parts if p.manifest.soft),
+            "features": sum_features(p.manifest.features for p in parts if p.manifest.features),
+        }
+    )
+
+
+def open_unit(store: Store, spec: CacheSpec, unit: int, num_samples: int) -> Shard:
+    """Open the samples of one finished unit.
+
+    Raises:
+        ArtifactError: They are missing or damaged, or not as many as expected.
+    """
+    if spec.layout == "zarr":
+        return ZarrShard(store, spec, unit, num_samples)
+    record = read_model(UnitRecord, store, unit_record_name(unit))
+    if len(record.samples) != num_samples:
+        raise ArtifactError(
+            f"{store.location}: unit {unit} lists {len(record.samples)} samples, the manifest "
+            f"says {num_samples}. Run `patchcache verify {store.location}`."
+        )
+    return TarShard(store, unit, record)

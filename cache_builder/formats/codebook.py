@@ -11,18 +11,20 @@ tokenizer: pixel rule, feature extractor with the digest of its weights, and cod
 centroids were fitted is recorded beside them and belongs to neither.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError, FormatVersionError
 from cache_builder.formats.views import Interpolation
+from cache_builder.stores import read_location
 
 FORMAT_VERSION = 1
 MAX_VOCAB_SIZE = 65_535  # id 65,535 marks "absent" in uint16 token arrays
@@ -191,43 +193,53 @@ class Codebook:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a codebook and check that it is what it says.
+        """Read a codebook, from a path or a URL of an object store, and check it.
 
         Raises:
             FormatVersionError: The file was written by a newer version.
             ArtifactError: The file is missing, damaged, or its digest, fingerprint or
                 counts are wrong.
         """
-        path = Path(path)
-        if not path.is_file():
+        try:
+            data = read_location(path)
+        except FileNotFoundError as exc:
             raise ArtifactError(
                 f"There is no codebook at {path}. Make one with `patchcache fit --out {path}`."
-            )
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                text = metadata.get(_METADATA_KEY)
-                if text is None:
-                    raise ArtifactError(
-                        f"{path} is a safetensors file but not a codebook: it has no "
-                        f"`{_METADATA_KEY}` header. Pass a file that `patchcache fit` wrote."
-                    )
-                header = _parse_header(text, path)
-                centroids, counts = file.get_tensor("centroids"), file.get_tensor("counts")
-        except (SafetensorError, OSError) as exc:
-            raise ArtifactError(
-                f"{path} cannot be read as a codebook ({exc}). Copy it again from its source."
             ) from exc
-        return cls._checked(centroids, counts, header, path)
+        except OSError as exc:
+            raise _unreadable(str(path), exc) from exc
+        return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, place: str) -> Self:
+        """Read the content of a codebook file; `place` names it in errors.
+
+        Raises:
+            FormatVersionError: It was written by a newer version.
+            ArtifactError: It is damaged, or its digest, fingerprint or counts are wrong.
+        """
+        try:
+            tensors = load(data)
+            text = _metadata(data).get(_METADATA_KEY)
+            if text is None:
+                raise ArtifactError(
+                    f"{place} is a safetensors file but not a codebook: it has no "
+                    f"`{_METADATA_KEY}` header. Pass a file that `patchcache fit` wrote."
+                )
+            header = _parse_header(text, place)
+            centroids, counts = tensors["centroids"], tensors["counts"]
+        except (SafetensorError, ValueError, KeyError) as exc:
+            raise _unreadable(place, exc) from exc
+        return cls._checked(centroids, counts, header, place)
 
     @classmethod
     def _checked(
-        cls, centroids: NDArray[Any], counts: NDArray[np.int64], header: CodebookHeader, path: Path
+        cls, centroids: NDArray[Any], counts: NDArray[np.int64], header: CodebookHeader, place: str
     ) -> Self:
         try:
             _check_arrays(centroids, counts)
         except ArtifactError as exc:
-            raise ArtifactError(f"{path}: {exc}") from exc
+            raise ArtifactError(f"{place}: {exc}") from exc
         digest = _digest(centroids, header.metric)
         fingerprint = _fingerprint(header.pixel_rule, header.extractor, digest)
         for name, stored, actual in (
@@ -236,13 +248,13 @@ class Codebook:
         ):
             if stored != actual:
                 raise ArtifactError(
-                    f"{path} is damaged: its header says {name} {stored} but its content has "
+                    f"{place} is damaged: its header says {name} {stored} but its content has "
                     f"{actual}. Copy it again from its source."
                 )
         # The digest does not cover the counts, but they must add up.
         if header.num_points and (counts.sum(1) != header.num_points).any():
             raise ArtifactError(
-                f"{path} is damaged: its counts do not add up to {header.num_points:,} patches. "
+                f"{place} is damaged: its counts do not add up to {header.num_points:,} patches. "
                 "Copy it again from its source."
             )
         codebook = cls.__new__(cls)
@@ -250,17 +262,30 @@ class Codebook:
         return codebook
 
 
-def _parse_header(text: str, path: Path) -> CodebookHeader:
-    check_format_version(text, FORMAT_VERSION, path)
+def _metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file that has been read once without an error."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return metadata
+
+
+def _unreadable(place: str, exc: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{place} cannot be read as a codebook ({exc}). Copy it again from its source."
+    )
+
+
+def _parse_header(text: str, place: str) -> CodebookHeader:
+    check_format_version(text, FORMAT_VERSION, place)
     try:
         return CodebookHeader.model_validate_json(text)
     except ValidationError as exc:
         raise ArtifactError(
-            f"{path}: the codebook header is damaged: {first_problem(exc)}"
+            f"{place}: the codebook header is damaged: {first_problem(exc)}"
         ) from exc
 
 
-def check_format_version(text: str | bytes, newest: int, path: Path) -> None:
+def check_format_version(text: str | bytes, newest: int, place: str) -> None:
     """Refuse JSON whose `format_version` is missing or newer than `newest`.
 
     Raises:
@@ -270,10 +295,10 @@ def check_format_version(text: str | bytes, newest: int, path: Path) -> None:
     try:
         version = VersionOnly.model_validate_json(text).format_version
     except ValidationError as exc:
-        raise ArtifactError(f"{path} is damaged: {first_problem(exc)}") from exc
+        raise ArtifactError(f"{place} is damaged: {first_problem(exc)}") from exc
     if version > newest:
         raise FormatVersionError(
-            f"{path} has format version {version}; this patchcache reads up to {newest}. "
+            f"{place} has format version {version}; this patchcache reads up to {newest}. "
             "Upgrade patchcache: pip install -U patchcache"
         )
 

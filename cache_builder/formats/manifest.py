@@ -5,10 +5,10 @@
     units/000000.json   `UnitRecord`: written last by the worker that finished the unit
     manifest.json       `CacheManifest`: written when every unit is there
 
-A cache is a directory. The manifest is written last, so its presence means that the build
-finished; a directory without one is a build still running or one that died, and readers refuse
-it. A unit is finished when its record is there and the files that it names have the digests that
-it says, whatever else lies in the directory.
+A cache is a directory or a prefix of an object store. The manifest is written last, so its
+presence means that the build finished; a place without one is a build still running or one that
+died, and readers refuse it. A unit is finished when its record is there and the files that it
+names have the digests that it says, whatever else lies there.
 
 Nothing about a cache is inferred from file names, listing order or times. If a reader needs to
 know it, it is a field here. No field depends on when, where or how fast the build ran: the same
@@ -18,8 +18,9 @@ Fields of payloads that a cache does not have (`soft`, `features`) are left out 
 written as null.
 """
 
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -37,11 +38,13 @@ from cache_builder.formats.payloads import (
     FeatureSpec,
     FeatureTotals,
     PayloadArray,
+    PayloadName,
     SoftSpec,
     SoftTotals,
     payload_arrays,
 )
 from cache_builder.formats.views import ViewSpec
+from cache_builder.stores import Store, open_store
 
 FORMAT_VERSION = 1
 PLAN_NAME = "plan.json"
@@ -53,6 +56,7 @@ Layout = Literal["webdataset", "zarr"]
 ImagesInCache = Literal["original", "resized", "none"]
 SourceKind = Literal["folder", "webdataset"]
 
+Content = bytes  # where a field of that name hides the type
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -66,17 +70,16 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
     num_samples: int = Field(ge=0)
 
 
+_OPTIONAL = ("soft", "features", "layers", "store_files")
+
+
 class _OptionalPayloads(BaseModel, frozen=True, extra="forbid"):
-    """A model whose fields `soft` and `features` are written only where they are set."""
+    """A model some of whose fields are written only where they are set."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        return {
-            name: value
-            for name, value in fields.items()
-            if value is not None or name not in ("soft", "features")
-        }
+        return {name: value for name, value in fields.items() if value or name not in _OPTIONAL}
 
 
 class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
@@ -117,13 +120,14 @@ class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
         return ("tokens", "views", *image, *soft, *features)
 
 
-class BuildPlan(BaseModel, frozen=True, extra="forbid"):
+class BuildPlan(_OptionalPayloads, frozen=True, extra="forbid"):
     """`plan.json`: which build this directory belongs to."""
 
     format_version: int = FORMAT_VERSION
     spec: CacheSpec
     num_units: int = Field(gt=0)
     units_sha256: str = Field(description="of the concatenated SHA-256 of every plan unit file")
+    layers: tuple[str, ...] = Field((), description="names of the layers that are built with it")
 
 
 class PlanRow(BaseModel, frozen=True, extra="forbid"):
@@ -150,25 +154,35 @@ class FileDigest(BaseModel, frozen=True, extra="forbid"):
     sha256: str
 
     @classmethod
-    def of(cls, root: Path, path: Path) -> Self:
-        """Measure `path`, which lies below `root`."""
-        return cls(
-            path=path.relative_to(root).as_posix(),
-            bytes=path.stat().st_size,
-            sha256=files.sha256_file(path),
-        )
+    def of(cls, store: Store, name: str) -> Self:
+        """Measure a file.
 
-    def damage(self, root: Path) -> str | None:
-        """Say what is wrong with the file on disk, or None."""
-        path = root / self.path
-        if not path.is_file():
-            return f"{path} is missing"
-        size = path.stat().st_size
-        if size != self.bytes:
-            return f"{path} has {size:,} bytes, expected {self.bytes:,}"
-        if (actual := files.sha256_file(path)) != self.sha256:
-            return f"{path} has SHA-256 {actual}, expected {self.sha256}"
-        return None
+        Raises:
+            FileNotFoundError: There is none of that name.
+        """
+        measure = store.measure(name)
+        return cls(path=name, bytes=measure.bytes, sha256=measure.sha256)
+
+    @classmethod
+    def of_content(cls, name: str, content: Content) -> Self:
+        """Measure what is to be written as `name`."""
+        return cls(path=name, bytes=len(content), sha256=files.sha256_bytes(content))
+
+    def damage(self, store: Store) -> str | None:
+        """Say what is wrong with the file where it lies, or None."""
+        place = store.where(self.path)
+        try:
+            size = store.size(self.path)
+            if size != self.bytes:
+                return f"{place} has {size:,} bytes, expected {self.bytes:,}"
+            actual = store.measure(self.path).sha256
+        except FileNotFoundError:
+            return f"{place} is missing"
+        return (
+            None
+            if actual == self.sha256
+            else (f"{place} has SHA-256 {actual}, expected {self.sha256}")
+        )
 
 
 class SkippedSample(BaseModel, frozen=True, extra="forbid"):
@@ -199,6 +213,15 @@ class UnitRecord(_OptionalPayloads, frozen=True, extra="forbid"):
     features: FeatureTotals | None = Field(None, description="measured, of the payload `features`")
 
 
+class Written(NamedTuple):
+    """What a unit writer wrote."""
+
+    files: tuple[FileDigest, ...]
+    num_samples: int
+    samples: tuple[SampleEntry, ...]  # WebDataset layout only
+    payload_bytes: Counter[PayloadName]  # of optional payloads, without the headers of a tar
+
+
 class ShardInfo(BaseModel, frozen=True, extra="forbid"):
     """One unit of a finished cache."""
 
@@ -221,6 +244,16 @@ class ShardInfo(BaseModel, frozen=True, extra="forbid"):
         return files.sha256_bytes("".join(file.sha256 for file in self.files).encode())
 
 
+class LayerInfo(BaseModel, frozen=True, extra="forbid"):
+    """Further targets of the same samples, in a folder of their own."""
+
+    name: str = Field(description="folder below the cache")
+    fingerprint: str = Field(description="identity of the tokenizer")
+    first_view: int = Field(ge=0)
+    num_views: int = Field(gt=0)
+    manifest: FileDigest
+
+
 class CacheManifest(_OptionalPayloads, frozen=True, extra="forbid"):
     """`manifest.json`: what a finished cache holds."""
 
@@ -231,6 +264,8 @@ class CacheManifest(_OptionalPayloads, frozen=True, extra="forbid"):
     num_skipped: int = Field(ge=0)
     shards: tuple[ShardInfo, ...]
     codebook: FileDigest
+    store_files: tuple[FileDigest, ...] = Field((), description="metadata of the Zarr group")
+    layers: tuple[LayerInfo, ...] = Field((), description="further views and tokenizers")
     soft: SoftTotals | None = Field(None, description="measured, of the payload `soft`")
     features: FeatureTotals | None = Field(None, description="measured, of the payload `features`")
 
@@ -278,35 +313,34 @@ class CacheManifest(_OptionalPayloads, frozen=True, extra="forbid"):
         }
 
     @classmethod
-    def load(cls, cache_dir: str | Path) -> Self:
-        """Read the manifest of a finished cache.
+    def load(cls, cache: str | Path | Store) -> Self:
+        """Read the manifest of a finished cache, at a directory or a URL.
 
         Raises:
             ArtifactError: There is none, because the build has not finished, or it is damaged.
         """
-        cache_dir = Path(cache_dir)
-        path = cache_dir / MANIFEST_NAME
-        if not path.is_file():
-            if (cache_dir / PLAN_NAME).is_file():
+        store = open_store(cache) if isinstance(cache, str | Path) else cache
+        if not store.exists(MANIFEST_NAME):
+            if store.exists(PLAN_NAME):
                 raise ArtifactError(
-                    f"{cache_dir} has no {MANIFEST_NAME}: the build has not finished. "
+                    f"{store.location} has no {MANIFEST_NAME}: the build has not finished. "
                     "Run the same `patchcache build` command again; it resumes."
                 )
             raise ArtifactError(
-                f"{cache_dir} is not a cache: it has neither {MANIFEST_NAME} nor {PLAN_NAME}. "
+                f"{store.location} is not a cache: it has neither {MANIFEST_NAME} nor {PLAN_NAME}. "
                 "Pass the directory that `patchcache build --out` wrote."
             )
-        return read_model(cls, path)
+        return read_model(cls, store, MANIFEST_NAME)
 
 
-def plan_unit_path(cache_dir: Path, unit: int) -> Path:
-    """Return the path of one unit's plan."""
-    return cache_dir / "plan" / f"{unit:06d}.json"
+def plan_unit_name(unit: int) -> str:
+    """Return the name of one unit's plan."""
+    return f"plan/{unit:06d}.json"
 
 
-def unit_record_path(cache_dir: Path, unit: int) -> Path:
-    """Return the path of one unit's commit record."""
-    return cache_dir / "units" / f"{unit:06d}.json"
+def unit_record_name(unit: int) -> str:
+    """Return the name of one unit's commit record."""
+    return f"units/{unit:06d}.json"
 
 
 def to_json(model: BaseModel) -> bytes:
@@ -314,22 +348,26 @@ def to_json(model: BaseModel) -> bytes:
     return files.canonical_json(model.model_dump(mode="json")) + b"\n"
 
 
-def read_model(model: type[_Model], path: Path) -> _Model:
+def read_model(model: type[_Model], store: Store, name: str) -> _Model:
     """Read one of this module's files.
 
     Raises:
         FormatVersionError: It was written by a newer version.
         ArtifactError: It is missing or damaged.
     """
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing. Run the same `patchcache build` command again.")
-    text = path.read_bytes()
+    place = store.where(name)
+    try:
+        text = store.read(name)
+    except FileNotFoundError as exc:
+        raise ArtifactError(
+            f"{place} is missing. Run the same `patchcache build` command again."
+        ) from exc
     if "format_version" in model.model_fields:
-        check_format_version(text, FORMAT_VERSION, path)
+        check_format_version(text, FORMAT_VERSION, place)
     try:
         return model.model_validate_json(text)
     except ValidationError as exc:
         raise ArtifactError(
-            f"{path} is damaged: {first_problem(exc)}. "
+            f"{place} is damaged: {first_problem(exc)}. "
             "Delete it and run the same `patchcache build` again."
         ) from exc

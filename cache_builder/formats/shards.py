@@ -12,22 +12,24 @@ come last, so that a reader that leaves them out reads that much less. Modificat
 and order are fixed, so the same samples give the same bytes.
 """
 
+import contextlib
+import hashlib
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import numpy as np
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import NO_LABEL, ShardColumns, npy_column
-from cache_builder.formats.manifest import SampleEntry, UnitRecord
+from cache_builder.formats.manifest import FileDigest, SampleEntry, UnitRecord, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample, from_npy, npy_bytes
+from cache_builder.stores import Store
 
 TOKENS = "tokens.npy"
 VIEWS = "views.npy"
@@ -40,31 +42,81 @@ _READ_BYTES = 1 << 22  # at a time, where no images lie between the targets
 _GAP_BYTES = 1 << 12  # that are rather read than jumped over
 
 
-def shard_path(cache_dir: Path, unit: int) -> Path:
-    """Return the path of one unit's tar."""
-    return cache_dir / "shards" / f"{unit:06d}.tar"
+def shard_name(unit: int) -> str:
+    """Return the name of one unit's tar."""
+    return f"shards/{unit:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[NewSample]) -> list[SampleEntry]:
-    """Write samples as one tar, whole or not at all; return where their members lie."""
-    import webdataset
+class ShardWriter:
+    """Writes one unit as a tar, which appears when `finish` returns and not before.
 
-    entries = []
-    with (
-        files.publishing(path) as file,
-        webdataset.TarWriter(
-            file, user="", group="", mtime=0, encoder=False, format="GNU_FORMAT"
-        ) as tar,
-    ):
-        for new in samples:
-            members = {}
-            for extension, data in _members(new).items():
-                tar.write({"__key__": new.sample.key, extension: data})
-                # tarfile has padded the data to whole blocks; what follows starts at `offset`.
-                padded = -(-len(data) // _BLOCK_BYTES) * _BLOCK_BYTES
-                members[extension] = (int(tar.tarstream.offset) - padded, len(data))
-            entries.append(SampleEntry(key=new.sample.key, members=members))
-    return entries
+    A context manager: leaving it without `finish` leaves nothing behind.
+    """
+
+    def __init__(self, store: Store, unit: int) -> None:
+        """Begin a tar under a temporary name."""
+        import webdataset
+
+        self._name = shard_name(unit)
+        self._entries: list[SampleEntry] = []
+        self._publishing = contextlib.ExitStack()
+        file = self._publishing.enter_context(store.publishing(self._name))
+        self._file = _Hashed(file)
+        self._tar = webdataset.TarWriter(
+            self._file, user="", group="", mtime=0, encoder=False, format="GNU_FORMAT"
+        )
+
+    def add(self, new: NewSample) -> None:
+        """Append one sample."""
+        members = {}
+        for extension, data in _members(new).items():
+            self._tar.write({"__key__": new.sample.key, extension: data})
+            # tarfile has padded the data to whole blocks; what follows starts at `offset`.
+            padded = -(-len(data) // _BLOCK_BYTES) * _BLOCK_BYTES
+            members[extension] = (int(self._tar.tarstream.offset) - padded, len(data))
+        self._entries.append(SampleEntry(key=new.sample.key, members=members))
+
+    def finish(self) -> Written:
+        """Publish the tar and say where its members lie."""
+        self._tar.close()
+        self._publishing.close()
+        digest = FileDigest(
+            path=self._name, bytes=self._file.num_bytes, sha256=self._file.digest.hexdigest()
+        )
+        return Written(
+            (digest,), len(self._entries), tuple(self._entries), _payload_bytes(self._entries)
+        )
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        """Discard the tar unless it is finished."""
+        if exc_info[0] is None:
+            exc_info = (_Unfinished, _Unfinished(), None)
+        with contextlib.suppress(OSError):  # a disk may be full
+            self._tar.close()
+        with contextlib.suppress(_Unfinished):
+            self._publishing.__exit__(*exc_info)
+
+
+class _Unfinished(Exception):  # noqa: N818  no error: what makes `publishing` discard
+    """A writer was left before its end."""
+
+
+class _Hashed:
+    """A file that is digested while it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
 
 
 def read_shard(path: Path) -> Iterator[CachedSample]:
@@ -108,19 +160,20 @@ def check_end(tar: tarfile.TarFile) -> None:
 class TarShard:
     """Random access to the samples of one tar, by the offsets of its commit record."""
 
-    def __init__(self, path: Path, record: UnitRecord) -> None:
+    def __init__(self, store: Store, unit: int, record: UnitRecord) -> None:
         """Open the tar.
 
         Raises:
             ArtifactError: It is missing.
         """
-        self._path = path
+        self._store = store
+        self._path = store.where(shard_name(unit))
         self._entries = record.samples
         try:
-            self._handle = os.open(path, os.O_RDONLY)
+            self._file = store.open(shard_name(unit))
         except OSError as exc:
             raise ArtifactError(
-                f"{path} cannot be opened ({exc}). Run `patchcache verify {path.parent.parent}`."
+                f"{self._path} cannot be opened ({exc}). Run `patchcache verify {store.location}`."
             ) from exc
 
     def __len__(self) -> int:
@@ -220,17 +273,17 @@ class TarShard:
             yield start, stop, entries
 
     def _bytes(self, start: int, stop: int, key: str) -> bytes:
-        data = os.pread(self._handle, stop - start, start)
+        data = self._file.read(start, stop - start)
         if len(data) < stop - start:
             raise ArtifactError(
                 f"{self._path} ends before sample {key}. "
-                f"Run `patchcache verify {self._path.parent.parent}`."
+                f"Run `patchcache verify {self._store.location}`."
             )
         return data
 
     def close(self) -> None:
         """Close the tar."""
-        os.close(self._handle)
+        self._file.close()
 
 
 def payload_of(extension: str) -> PayloadName | None:
@@ -241,7 +294,7 @@ def payload_of(extension: str) -> PayloadName | None:
     return "image" if array is None else PAYLOAD_OF_ARRAY[array]
 
 
-def payload_bytes(entries: Iterable[SampleEntry]) -> Counter[PayloadName]:
+def _payload_bytes(entries: Iterable[SampleEntry]) -> Counter[PayloadName]:
     """Return the size of every optional payload of a tar, in bytes without tar headers."""
     sizes = Counter[PayloadName]()
     for entry in entries:
@@ -277,7 +330,7 @@ def _members(new: NewSample) -> dict[str, bytes]:
     }
 
 
-def _sample(key: str, members: dict[str, bytes], path: Path) -> CachedSample:
+def _sample(key: str, members: dict[str, bytes], path: object) -> CachedSample:
     missing = {INFO, TOKENS, VIEWS} - members.keys()
     if missing:
         raise ArtifactError(

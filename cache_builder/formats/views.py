@@ -10,9 +10,15 @@ so a reader never has to draw one.
 import hashlib
 import math
 import random
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Interpolation = Literal["bicubic", "bilinear"]
 Range = Annotated[tuple[float, float], Field(description="lower and upper end")]
@@ -36,7 +42,8 @@ class ViewSpec(BaseModel, frozen=True, extra="forbid"):
     size: int = Field(224, gt=0, description="side of a resized view, pixels")
     patch_size: int = Field(16, gt=0, description="side of a patch of the resized view, pixels")
     interpolation: Interpolation = "bicubic"
-    num_views: int = Field(1, gt=0, description="views per image; the first is the centred square")
+    first_view: int = Field(0, ge=0, description="index of the first; 0 is the centred square")
+    num_views: int = Field(1, gt=0, description="views per image")
     scale: Range = Field((0.2, 1.0), description="share of the picture's area that a crop covers")
     ratio: Range = Field((3 / 4, 4 / 3), description="width / height of a crop")
     hflip: float = Field(0.5, ge=0, le=1, description="probability that a random view is mirrored")
@@ -46,6 +53,11 @@ class ViewSpec(BaseModel, frozen=True, extra="forbid"):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return (self.size // self.patch_size, self.size // self.patch_size)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_zero(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.first_view else {k: v for k, v in fields.items() if k != "first_view"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,10 +81,10 @@ def draw_views(spec: ViewSpec, key: str, image_size: tuple[int, int]) -> list[Vi
         image_size: (height, width) of the decoded, upright picture.
 
     Returns:
-        `spec.num_views` views, the centred square first.
+        `spec.num_views` views, from the one of index `spec.first_view` on.
     """
-    views = [centre_square(image_size)]
-    for index in range(1, spec.num_views):
+    views = [] if spec.first_view else [centre_square(image_size)]
+    for index in range(max(1, spec.first_view), spec.first_view + spec.num_views):
         rng = _generator(spec.seed, key, index)
         top, left, height, width = random_box(image_size, spec.scale, spec.ratio, rng)
         views.append(View(top, left, height, width, rng.random() < spec.hflip))

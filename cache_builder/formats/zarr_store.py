@@ -19,21 +19,20 @@ not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
 """
 
 import math
-import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import ShardColumns
-from cache_builder.formats.manifest import CacheSpec, FileDigest
+from cache_builder.formats.manifest import CacheSpec, FileDigest, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample
+from cache_builder.stores import RandomReader, Store
 
 STORE_NAME = "tokens.zarr"
 ABSENT = 65_535
@@ -52,19 +51,110 @@ class _Array(NamedTuple):
     max_chunk_rows: int = _MAX_CHUNK_ROWS
 
 
-def create_store(cache_dir: Path, spec: CacheSpec, num_units: int) -> None:
-    """Create the group and its arrays at full shape; what is there already is kept."""
+def create_store(store: Store, spec: CacheSpec, num_units: int) -> None:
+    """Write the metadata of the group and of its arrays at full shape.
+
+    What is there already is replaced by the same bytes.
+    """
+    for name, data in _metadata(spec, num_units).items():
+        store.publish(name, data)
+
+
+def metadata_files(spec: CacheSpec, num_units: int) -> tuple[FileDigest, ...]:
+    """Return what `create_store` writes; nothing for caches of another layout."""
+    if spec.layout != "zarr":
+        return ()
+    files = sorted(_metadata(spec, num_units).items())
+    return tuple(FileDigest.of_content(name, data) for name, data in files)
+
+
+class RowWriter:
+    """Writes the rows of one unit: one shard of every array, each published whole.
+
+    The shards are made in memory, so that they appear whole or not at all wherever the cache lies.
+    """
+
+    def __init__(self, store: Store, spec: CacheSpec, num_units: int, unit: int) -> None:
+        """Take the place of the rows."""
+        self._store, self._spec = store, spec
+        self._num_units, self._unit = num_units, unit
+        self._samples: list[NewSample] = []
+
+    def add(self, new: NewSample) -> None:
+        """Take the next row.
+
+        Raises:
+            ArtifactError: The unit has no more rows.
+        """
+        if len(self._samples) == self._spec.unit_size:
+            raise ArtifactError(f"unit {self._unit} has more than {self._spec.unit_size} samples")
+        self._samples.append(new)
+
+    def finish(self) -> Written:
+        """Write the rows; a shard whose values all equal the fill is not stored."""
+        written = tuple(self._publish()) if self._samples else ()
+        return Written(written, len(self._samples), (), _payload_bytes(written))
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Forget the rows."""
+        self._samples = []
+
+    def _publish(self) -> Iterator[FileDigest]:
+        for name, data in self._shards():
+            self._store.publish(name, data)
+            yield FileDigest.of_content(name, data)
+
+    def _shards(self) -> Iterator[tuple[str, bytes]]:
+        import zarr
+
+        memory: dict[str, Any] = {}
+        group = _create_arrays(memory, self._spec, self._num_units)
+        metadata = set(memory)
+        start = self._unit * self._spec.unit_size
+        for name, values in _columns(self._spec, self._samples).items():
+            group[name][start : start + self._spec.unit_size] = values
+        if self._spec.images_in_cache != "none":
+            content = b"".join(new.sample.image or b"" for new in self._samples)
+            name = f"images/{self._unit:06d}"
+            zarr.create_array(
+                group.store,
+                name=name,
+                shape=(len(content),),
+                chunks=(len(content),),
+                dtype=np.uint8,
+                compressors=None,
+                filters=None,
+                dimension_names=("byte",),
+            )
+            # One uncompressed chunk is the bytes themselves.
+            memory[f"{name}/c/0"] = content
+        for name in sorted(memory.keys() - metadata):
+            value = memory[name]
+            data = value if isinstance(value, bytes) else value.to_bytes()
+            yield f"{STORE_NAME}/{name}", data
+
+
+def _metadata(spec: CacheSpec, num_units: int) -> dict[str, bytes]:
+    """Return the metadata files of the group, by name."""
+    memory: dict[str, Any] = {}
+    _create_arrays(memory, spec, num_units)
+    return {f"{STORE_NAME}/{name}": value.to_bytes() for name, value in memory.items()}
+
+
+def _create_arrays(memory: dict[str, Any], spec: CacheSpec, num_units: int) -> Any:
+    """Create the group and its arrays at full shape in memory; return the group."""
     import zarr
     from zarr.codecs import BloscCodec
+    from zarr.storage import MemoryStore
 
-    group = zarr.open_group(cache_dir / STORE_NAME, mode="a", zarr_format=3)
-    group.attrs.update(
-        {"patchcache": {"fingerprint": spec.fingerprint, "vocab_size": spec.vocab_size}}
-    )
+    attributes = {"patchcache": {"fingerprint": spec.fingerprint, "vocab_size": spec.vocab_size}}
+    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=attributes)
     rows = spec.unit_size
     for name, array in _arrays(spec).items():
-        if name in group:
-            continue
         most = min(rows, array.max_chunk_rows)
         chunk_rows = max(n for n in range(1, most + 1) if rows % n == 0)
         options: dict[str, Any] = {}
@@ -83,44 +173,23 @@ def create_store(cache_dir: Path, spec: CacheSpec, num_units: int) -> None:
             dimension_names=array.dimensions,
             **options,
         )
-
-
-def write_unit(
-    cache_dir: Path, spec: CacheSpec, unit: int, samples: list[NewSample]
-) -> list[FileDigest]:
-    """Write the rows of one unit; return the files that hold them.
-
-    Raises:
-        ArtifactError: More samples than a unit has rows.
-    """
-    import zarr
-
-    if len(samples) > spec.unit_size:
-        raise ArtifactError(f"unit {unit} has {len(samples)} samples, more than {spec.unit_size}")
-    if not samples:
-        return []
-    root = cache_dir / STORE_NAME
-    group = zarr.open_group(root, mode="r+")
-    start = unit * spec.unit_size
-    paths = []
-    for name, values in _columns(spec, samples).items():
-        array = group[name]
-        tail = "/".join("0" for _ in array.shape[1:])
-        path = root / name / "c" / str(unit) / tail
-        # zarr reads a shard before it writes into it, and fails on one that is damaged.
-        path.unlink(missing_ok=True)
-        array[start : start + spec.unit_size] = values
-        paths.append(path)
     if spec.images_in_cache != "none":
-        paths.append(_write_images(root, unit, samples))
-    # A shard whose values all equal the fill is not stored.
-    stored = [path for path in paths if path.is_file()]
-    for path in stored:
-        files.flush_file(path)
-    return [FileDigest.of(cache_dir, path) for path in stored]
+        group.create_group("images")
+    return group
 
 
-def payload_bytes(written: Iterable[FileDigest]) -> Counter[PayloadName]:
+def open_group(store: Store) -> Any:
+    """Open the group for reading; raises what zarr raises."""
+    import zarr
+    from zarr.storage import ObjectStore
+
+    place = store.folder(STORE_NAME)
+    return zarr.open_group(
+        place if isinstance(place, Path) else ObjectStore(place, read_only=True), mode="r"
+    )
+
+
+def _payload_bytes(written: Iterable[FileDigest]) -> Counter[PayloadName]:
     """Return the size of soft targets and features among the files of one unit, in bytes."""
     sizes = Counter[PayloadName]()
     for file in written:
@@ -134,8 +203,10 @@ def part_bytes(stored: Iterable[FileDigest]) -> Counter[str]:
     """Return the size of every kind of array among the files of one unit, in bytes."""
     sizes = Counter[str]()
     for file in stored:
-        name = PurePosixPath(file.path).parts[1]
-        part = _PART_OF_ARRAY.get(name) or PAYLOAD_OF_ARRAY.get(name) or "info"
+        _, name, *_, last = PurePosixPath(file.path).parts
+        part = _PART_OF_ARRAY.get(name) or PAYLOAD_OF_ARRAY.get(name)
+        if part is None or last == "zarr.json":
+            part = "info"
         sizes[part] += file.bytes
     return sizes
 
@@ -143,22 +214,19 @@ def part_bytes(stored: Iterable[FileDigest]) -> Counter[str]:
 class ZarrShard:
     """The samples of one unit: token ids in memory, the rest read when it is asked for."""
 
-    def __init__(self, cache_dir: Path, spec: CacheSpec, unit: int, num_samples: int) -> None:
+    def __init__(self, store: Store, spec: CacheSpec, unit: int, num_samples: int) -> None:
         """Read the token ids of one unit.
 
         Raises:
             ArtifactError: The store is missing or damaged.
         """
-        import zarr
-
-        root = cache_dir / STORE_NAME
         start = unit * spec.unit_size
         rows = slice(start, start + num_samples)
-        self._cache_dir, self._unit = cache_dir, unit
-        self._handle: int | None = None
-        self._path = root / "images" / f"{unit:06d}" / "c" / "0"
+        self._store, self._unit = store, unit
+        self._images: RandomReader | None = None
+        self._name = f"{STORE_NAME}/images/{unit:06d}/c/0"
         try:
-            group = zarr.open_group(root, mode="r")
+            group = open_group(store)
             self._tokens: NDArray[np.uint16] = group["tokens"][rows]
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
@@ -167,7 +235,7 @@ class ZarrShard:
             # A unit whose images were all skipped has no image file.
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
-                self._handle = os.open(self._path, os.O_RDONLY)
+                self._images = store.open(self._name)
             self._payloads = {
                 name: (array.payload, _Chunks(group[name], start, num_samples))
                 for name, array in spec.payload_arrays.items()
@@ -220,23 +288,24 @@ class ZarrShard:
 
     def close(self) -> None:
         """Close the image file."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        if self._images is not None:
+            self._images.close()
 
     def _image(self, row: int) -> bytes | None:
-        if self._handle is None:
+        if self._images is None:
             return None
         start, stop = self._spans[row]
-        data = os.pread(self._handle, stop - start, start)
+        data = self._images.read(start, stop - start)
         if len(data) < stop - start:
-            raise ArtifactError(f"{self._path} ends before sample {self._keys[row]}.")
+            raise ArtifactError(
+                f"{self._store.where(self._name)} ends before sample {self._keys[row]}."
+            )
         return data
 
     def _damaged(self, exc: Exception) -> ArtifactError:
         return ArtifactError(
-            f"{self._cache_dir / STORE_NAME}: unit {self._unit} cannot be read ({exc}). "
-            f"Run `patchcache verify {self._cache_dir}`."
+            f"{self._store.where(STORE_NAME)}: unit {self._unit} cannot be read ({exc}). "
+            f"Run `patchcache verify {self._store.location}`."
         )
 
 
@@ -309,24 +378,3 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
         column[: len(samples)] = values[name]
         columns[name] = column
     return columns
-
-
-def _write_images(root: Path, unit: int, samples: list[NewSample]) -> Path:
-    """Store the images of a unit end to end, as an array that is one uncompressed chunk."""
-    import zarr
-
-    content = np.frombuffer(b"".join(new.sample.image or b"" for new in samples), np.uint8)
-    name = f"images/{unit:06d}"
-    array = zarr.create_array(
-        root,
-        name=name,
-        shape=content.shape,
-        chunks=content.shape,
-        dtype=np.uint8,
-        compressors=None,
-        filters=None,
-        overwrite=True,
-        dimension_names=("byte",),
-    )
-    array[:] = content
-    return root / name / "c" / "0"

@@ -18,10 +18,12 @@ from PIL import ExifTags, Image
 from cache_builder import build
 from cache_builder.errors import ArtifactError, ConfigError, SourceError, TokenizerMismatchError
 from cache_builder.formats import TokenCache, View, draw_views
-from cache_builder.formats.manifest import BuildPlan, UnitRecord, read_model
+from cache_builder.formats.manifest import BuildPlan, UnitRecord
 from cache_builder.imaging import apply_view, decode
 from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.stores import open_store
 from cache_builder.tokenizers import PatchTokenizer
+from cache_builder.units import Target, build_unit
 from cache_builder.verify import run as verify
 from tests import factories
 from tests.factories import draw_photo, encode
@@ -207,7 +209,7 @@ def test_a_file_that_vanishes_while_it_is_built_stops_the_build(
 ):
     plan = factories.plan_cache(**settings(tmp_path))
     (photos_dir / "a/000.jpg").unlink()
-    worker = build.BuildWorker(str(tmp_path / "cache"), plan.spec.source.location, "cpu")
+    worker = factories.make_worker(tmp_path / "cache", plan)
     with pytest.raises(SourceError, match=r"a/000.jpg cannot be read"):
         worker.run(0)
 
@@ -219,8 +221,8 @@ def test_the_order_of_the_units_does_not_change_a_byte(tmp_path, codebook_path, 
     plan = factories.plan_cache(**other)
     for unit in reversed(range(plan.num_units)):
         # Every unit by a worker of its own, as on a cluster.
-        build.BuildWorker(str(other["out"]), plan.spec.source.location, "cpu").run(unit)
-    build._finish(other["out"], plan)
+        factories.make_worker(other["out"], plan).run(unit)
+    factories.finish(other["out"])
     assert factories.contents(other["out"]) == factories.contents(tmp_path / "cache")
 
 
@@ -257,7 +259,7 @@ def test_a_finished_build_is_confirmed_and_not_done_again(
     factories.build_cache(**options)
     before = factories.contents(tmp_path / "cache")
     plan = factories.plan_cache(**options)
-    worker = build.BuildWorker(str(options["out"]), plan.spec.source.location, "cpu")
+    worker = factories.make_worker(options["out"], plan)
     assert all(worker.run(unit).was_there for unit in range(plan.num_units))
     assert factories.contents(tmp_path / "cache") == before
 
@@ -271,7 +273,7 @@ def test_a_damaged_unit_is_built_again_and_the_others_are_kept(
     factories.build_cache(**options)
     cache = tmp_path / "cache"
     before = factories.contents(cache)
-    record = read_model(UnitRecord, cache / "units/000001.json")
+    record = factories.read(UnitRecord, cache, "units/000001.json")
     path = cache / record.files[0].path
     if damage == "flip":
         factories.flip_byte(path)
@@ -282,10 +284,10 @@ def test_a_damaged_unit_is_built_again_and_the_others_are_kept(
     else:
         factories.flip_byte(cache / "units/000001.json", 0)
     plan = factories.plan_cache(**options)
-    worker = build.BuildWorker(str(cache), plan.spec.source.location, "cpu")
+    worker = factories.make_worker(cache, plan)
     reports = [worker.run(unit) for unit in range(plan.num_units)]
     assert [report.was_there for report in reports] == [True, False, True]
-    build._finish(cache, plan)
+    factories.finish(cache)
     assert factories.contents(cache) == before
 
 
@@ -373,7 +375,7 @@ def test_a_unit_is_not_built_by_another_tokenizer_than_the_planned_one(
     with pytest.raises(
         TokenizerMismatchError, match=f"{plan.spec.fingerprint}.*{other.fingerprint}"
     ):
-        build.build_unit(tmp_path / "cache", plan.spec, 0, iter(()), other)
+        build_unit([Target(open_store(tmp_path / "cache"), plan, other)], 0, iter(()))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "plan/notes.txt", "manifest.json"])
@@ -516,5 +518,5 @@ def test_a_feature_tokenizer_builds_and_verifies(tmp_path, photos_dir):
     assert report.problems == []
     assert report.retokenized.num_tokens == 5 * 3 * 64
     assert report.retokenized.num_different == 0
-    plan = read_model(BuildPlan, tmp_path / "cache/plan.json")
+    plan = factories.read(BuildPlan, tmp_path / "cache", "plan.json")
     assert plan.spec.fingerprint == manifest.fingerprint

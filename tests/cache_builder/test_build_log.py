@@ -9,6 +9,7 @@ import pytest
 
 from cache_builder import build, build_log
 from cache_builder.build_log import BuildRun, UnitWork, append, read, recording
+from cache_builder.build_worker import UnitReport
 from cache_builder.errors import SourceError
 from tests import factories
 
@@ -35,6 +36,10 @@ def a_run(**changes):
     return BuildRun(**(fields | changes))
 
 
+def a_report(num_samples, num_bytes, work):
+    return UnitReport(0, num_samples, 0, num_bytes, was_there=work is None, summaries=(), work=work)
+
+
 @pytest.mark.ray
 def test_a_run_of_build_adds_a_line_beside_the_cache(tmp_path, codebook_path, ray_cluster):
     images = factories.write_folder(
@@ -44,9 +49,8 @@ def test_a_run_of_build_adds_a_line_beside_the_cache(tmp_path, codebook_path, ra
         "images": str(images), "codebook": codebook_path, "out": tmp_path / "cache",
         "num_views": 2, "unit_size": 2, "device": "cpu",
     }  # fmt: skip
-    factories.plan_cache(**settings)
-    worker = build.BuildWorker(str(settings["out"]), str(images), "cpu")
-    kept = worker.run(0)
+    plan = factories.plan_cache(**settings)
+    kept = factories.make_worker(settings["out"], plan).run(0)
     build.run(build.BuildOptions(**settings))
     (run,) = read(str(tmp_path / "cache"))
     assert (run.outcome, run.num_units, run.num_units_kept) == ("finished", 2, 1)
@@ -76,7 +80,7 @@ def test_a_run_of_build_adds_a_line_beside_the_cache(tmp_path, codebook_path, ra
 def test_a_run_that_does_not_finish_is_logged_and_still_raises(tmp_path, raised, outcome, error):
     cache = str(tmp_path / "cache")
     work = UnitWork("host", 1, "cpu", seconds=0.5, bytes_read=7)
-    unit = build.UnitReport(0, 3, 0, 99, was_there=False, work=work)
+    unit = a_report(3, 99, work)
     with pytest.raises(type(raised)), recording(cache, num_views=4) as log:
         log.unit_done(unit)
         raise raised
@@ -91,7 +95,7 @@ def test_rates_are_over_the_time_in_which_units_are_at_work(tmp_path, monkeypatc
     recorder = build_log.Recorder(num_views=2)
     for process, seconds in ((1, 2.0), (2, 3.5)):  # from 10 to 12, and from 10.5 to 14
         work = UnitWork("host", process, "cpu", seconds, 0)
-        recorder.unit_done(build.UnitReport(0, 20, 0, 0, was_there=False, work=work))
+        recorder.unit_done(a_report(20, 0, work))
     run = recorder.run("finished")
     assert (run.seconds, run.working_seconds) == (20, 4)
     assert (run.images_per_s, run.views_per_s, run.num_workers) == (10, 20, 2)
@@ -99,7 +103,7 @@ def test_rates_are_over_the_time_in_which_units_are_at_work(tmp_path, monkeypatc
 
 def test_a_run_that_only_confirms_a_cache_has_no_rate(tmp_path):
     with recording(str(tmp_path / "cache"), 1) as log:
-        log.unit_done(build.UnitReport(0, 20, 0, 0, was_there=True))
+        log.unit_done(a_report(20, 0, None))
     (run,) = read(str(tmp_path / "cache"))
     assert (run.num_images, run.num_units_kept, run.images_per_s) == (0, 1, 0)
 
@@ -131,9 +135,16 @@ def test_a_place_where_nothing_can_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "cache.log.jsonl").mkdir()
     with caplog.at_level(logging.WARNING):
         append(str(tmp_path / "cache"), a_run())
-        append("s3://bucket/cache", a_run())
+        append("gopher://bucket/cache", a_run())
     assert [record.message[:33] for record in caplog.records] == [
         "The log of this build is not kept"
     ] * 2
     assert read(str(tmp_path / "cache")) == []
-    assert read("s3://bucket/cache") == []
+    assert read("gopher://bucket/cache") == []
+
+
+def test_a_log_on_an_object_store_grows_as_well(bucket):
+    assert read(f"{bucket}/runs/cache") == []
+    for number in (1, 2):
+        append(f"{bucket}/runs/cache", a_run(num_images=number))
+    assert [run.num_images for run in read(f"{bucket}/runs/cache/")] == [1, 2]

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cache_builder import build as build_job
 from cache_builder import cache_survey
+from cache_builder.build_worker import BuildTask, BuildWorker
 from cache_builder.cache_survey import spread
 from cache_builder.cache_table import class_lines, histogram, survey_result
 from cache_builder.errors import ArtifactError
 from cache_builder.formats import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.planning import settle_plan
 from cache_builder.quality import Agreement, mean_agreement
+from cache_builder.sources import open_source
+from cache_builder.stores import open_store
 from tests import factories
 
 BAD = {"a/bad.png": b"", "b/worse.png": b"", "b/zz.jpg": b"no image"}
@@ -59,6 +64,54 @@ def test_columns_hold_what_the_samples_hold(tmp_path, codebook_path, layout):
             assert columns.token_ids.shape[1:] == (3, 4, 4)
             assert columns.token_ids.dtype == np.uint16
             assert columns.image_sizes.tolist() == [[40, 56]] * len(samples)
+
+
+def build_two(tmp_path, base, further, **settings):
+    """Build a cache with a layer of another tokenizer, in this process."""
+    images = factories.write_folder(tmp_path / "images", factories.photo_images(5))
+    options = build_job.BuildOptions(
+        images=str(images), codebook=base, out=tmp_path / "cache", num_views=2, unit_size=3,
+        **settings,
+    )  # fmt: skip
+    listing = open_source(options.images).scan(options.unit_size)
+    codebook, other = Codebook.load(base), Codebook.load(further)
+    spec = build_job._cache_spec(options, codebook, listing)
+    layer = build_job._layer_spec(options, spec, other)
+    store = open_store(options.out)
+    plan = settle_plan(store, spec, listing.units, codebook, [layer])
+    task = BuildTask(str(options.out), ("", layer.name), options.images, "cpu")
+    worker = BuildWorker(task)
+    reports = [worker.run(unit) for unit in range(plan.num_units)]
+    build_job._publish(store, plan, task, reports)
+    return options.out, other.fingerprint
+
+
+def test_a_further_tokenizer_of_a_cache_is_counted_by_itself(tmp_path, codebook_path, layout):
+    further = factories.write_codebook(tmp_path / "two.safetensors", colours=factories.COLOURS[:3])
+    path, fingerprint = build_two(tmp_path, codebook_path, further, layout=layout)
+    with TokenCache.open(path, fingerprint) as cache:
+        found = cache_survey.run(cache)
+        ids = np.concatenate([sample.token_ids.ravel() for sample in cache])
+        images = [sample.image for sample in cache]
+    assert found.counts.tolist() == [np.bincount(ids, minlength=3).tolist()]
+    assert found.part_bytes["image"] == sum(map(len, images))
+    assert survey(path).counts.shape == (1, 6)
+
+
+def test_a_cache_on_an_object_store_is_counted_as_a_local_one(
+    patchcache, bucket, tmp_path, codebook_path, layout
+):
+    images = factories.write_folder(tmp_path / "images", factories.photo_images(5) | BAD)
+    places = tmp_path / "cache", f"{bucket}/runs/cache"
+    for place in places:
+        factories.build_cache(
+            images=str(images), codebook=codebook_path, out=place, layout=layout, unit_size=3
+        )
+    local, remote = (json.loads(patchcache("inspect", p, "--json").out) for p in places)
+    assert local == remote
+    page = tmp_path / "page.html"
+    assert patchcache("inspect", places[1], "--page", page).status == 0
+    assert "view 0 of a/000" in page.read_text()
 
 
 def test_columns_are_read_in_pieces_where_images_lie_between(tmp_path, codebook_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_json_is_for_scripts(patchcache, cache, command, expected):
 
 def test_inspect_draws_a_table(patchcache, cache, codebook_path):
     outcome = patchcache("inspect", cache)
-    assert re.search(r"images +4 +none skipped *\n", outcome.out)
+    assert re.search(r"images +4 +1 skipped *\n", outcome.out)
     assert re.search(r"\na +2 ", outcome.out)
     assert re.search(r"vocab_size +6 *\n", patchcache("inspect", codebook_path).out)
     assert re.search(

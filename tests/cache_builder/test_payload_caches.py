@@ -12,10 +12,9 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
-from cache_builder import build
 from cache_builder.errors import ArtifactError, ConfigError
 from cache_builder.formats import TokenCache
-from cache_builder.formats.manifest import UnitRecord, read_model
+from cache_builder.formats.manifest import UnitRecord
 from cache_builder.formats.shards import read_shard
 from cache_builder.inspection import describe
 from cache_builder.targets import TargetMaker
@@ -149,7 +148,7 @@ def test_features_that_nobody_asks_for_are_not_read_from_a_tar(make):
     cache_dir = make()
     shard = cache_dir / "shards/000000.tar"
     expected = samples_of(cache_dir)[1]
-    record = read_model(UnitRecord, cache_dir / "units/000000.json")
+    record = factories.read(UnitRecord, cache_dir, "units/000000.json")
     members = record.samples[1].members
     in_order = sorted(members, key=lambda extension: members[extension][0])
     assert in_order[-2:] == ["features.npy", "feature_scales.npy"]
@@ -224,7 +223,9 @@ def test_measured_values_are_in_records_manifest_and_inspect(make, codebook, lay
     assert 0.3 < manifest.soft.mass < 1
     assert 0 < manifest.features.relative_error < 0.02
     assert manifest.features.cosine > 0.999
-    records = [read_model(UnitRecord, cache_dir / f"units/00000{unit}.json") for unit in range(3)]
+    records = [
+        factories.read(UnitRecord, cache_dir, f"units/00000{unit}.json") for unit in range(3)
+    ]
     sizes = [{"soft": 0, "features": 0} for _ in records]
     for record, size in zip(records, sizes, strict=True):
         for file in record.files if layout == "zarr" else ():
@@ -257,8 +258,8 @@ def test_the_order_of_the_units_does_not_change_a_byte(make, tmp_path, layout):
     other = settings(tmp_path, layout=layout, out=tmp_path / "other")
     plan = factories.plan_cache(**other)
     for unit in reversed(range(plan.num_units)):
-        build.BuildWorker(str(other["out"]), plan.spec.source.location, "cpu").run(unit)
-    build._finish(other["out"], plan)
+        factories.make_worker(other["out"], plan).run(unit)
+    factories.finish(other["out"])
     assert factories.contents(other["out"]) == expected
 
 
@@ -266,7 +267,7 @@ def test_the_order_of_the_units_does_not_change_a_byte(make, tmp_path, layout):
 def test_a_damaged_payload_is_built_again(make, tmp_path, layout):
     cache_dir = make(layout)
     before = factories.contents(cache_dir)
-    record = read_model(UnitRecord, cache_dir / "units/000001.json")
+    record = factories.read(UnitRecord, cache_dir, "units/000001.json")
     factories.flip_byte(cache_dir / record.files[-2 if layout == "zarr" else 0].path)
     make(layout)
     assert factories.contents(cache_dir) == before
@@ -277,7 +278,7 @@ def test_a_unit_of_bad_images_alone_measures_nothing(make, tmp_path, layout):
     for name in ("a/000.jpg", "a/002.jpg"):
         (tmp_path / "images" / name).write_bytes(b"text")
     cache_dir = make(layout)
-    record = read_model(UnitRecord, cache_dir / "units/000000.json")
+    record = factories.read(UnitRecord, cache_dir, "units/000000.json")
     assert (record.soft, record.features) == (None, None)
     with TokenCache.open(cache_dir) as cache:
         assert cache.manifest.soft.num_patches == 3 * 2 * 64

@@ -9,6 +9,7 @@ import pytest
 from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats.manifest import PlanUnit, SourceInfo
 from cache_builder.sources import ImageJoin, open_source
+from cache_builder.stores import open_store
 from tests import factories
 
 PIXEL = b"content is not looked at by a source"
@@ -286,7 +287,7 @@ def planned(tmp_path, codebook_path):
     def plan(images):
         out = tmp_path / "cache"
         written = factories.plan_cache(images=str(images), codebook=codebook_path, out=out)
-        return out, written.spec.source
+        return open_store(out), written.spec.source
 
     return plan
 

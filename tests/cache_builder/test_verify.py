@@ -9,13 +9,12 @@ import pytest
 from cache_builder.errors import ArtifactError, SourceError
 from cache_builder.formats import TokenCache
 from cache_builder.formats.manifest import (
-    FileDigest,
     UnitRecord,
-    read_model,
-    unit_record_path,
+    unit_record_name,
 )
 from cache_builder.formats.sample import NewSample
-from cache_builder.formats.shards import shard_path, write_shard
+from cache_builder.formats.shards import ShardWriter
+from cache_builder.stores import open_store
 from cache_builder.verify import Retokenized
 from cache_builder.verify import run as verify
 from tests import factories
@@ -46,12 +45,13 @@ def rewrite_unit(cache_dir, unit, change):
     """Write a unit again with changed samples, and every digest to match."""
     with TokenCache.open(cache_dir) as cache:
         samples = [change(sample) for sample in cache.read_shard(unit)]
-    path = shard_path(cache_dir, unit)
     new = [NewSample(sample, "jpg", f"{sample.key}.jpg", (48, 64)) for sample in samples]
-    entries = write_shard(path, new)
-    record = read_model(UnitRecord, unit_record_path(cache_dir, unit))
-    digests = (FileDigest.of(cache_dir, path),)
-    changes = {"num_samples": len(new), "files": digests, "samples": tuple(entries)}
+    with ShardWriter(open_store(cache_dir), unit) as writer:
+        for sample in new:
+            writer.add(sample)
+        written = writer.finish()
+    record = factories.read(UnitRecord, cache_dir, unit_record_name(unit))
+    changes = {"num_samples": len(new), "files": written.files, "samples": written.samples}
     factories.rewrite_record(cache_dir, unit, record.model_copy(update=changes))
 
 

@@ -8,11 +8,11 @@ from cache_builder.formats.manifest import (
     FileDigest,
     PlanUnit,
     UnitRecord,
-    plan_unit_path,
-    read_model,
+    plan_unit_name,
     to_json,
-    unit_record_path,
+    unit_record_name,
 )
+from cache_builder.stores import open_store
 from tests import factories
 
 
@@ -52,7 +52,7 @@ def test_the_manifest_holds_what_a_reader_needs(cache):
     assert manifest.spec.class_names == ("a", "b")
     assert manifest.spec.tokens_shape == (3, 4, 4)
     assert manifest.bytes == sum(p.stat().st_size for p in (cache / "shards").iterdir())
-    assert manifest.shards[0].sha256 == FileDigest.of(cache, cache / "shards/000000.tar").sha256
+    assert manifest.shards[0].sha256 == FileDigest.of(open_store(cache), "shards/000000.tar").sha256
 
 
 def test_a_newer_manifest_is_refused_and_says_how_to_upgrade(cache):
@@ -80,28 +80,29 @@ def test_an_unknown_field_is_refused(cache):
 
 
 def test_what_is_written_is_read_and_written_again(cache):
-    for model, path in (
-        (CacheManifest, cache / "manifest.json"),
-        (UnitRecord, unit_record_path(cache, 1)),
-        (PlanUnit, plan_unit_path(cache, 1)),
+    for model, name in (
+        (CacheManifest, "manifest.json"),
+        (UnitRecord, unit_record_name(1)),
+        (PlanUnit, plan_unit_name(1)),
     ):
-        assert to_json(read_model(model, path)) == path.read_bytes()
+        assert to_json(factories.read(model, cache, name)) == (cache / name).read_bytes()
 
 
 def test_a_missing_record_says_which_command_makes_it(cache):
-    unit_record_path(cache, 1).unlink()
+    (cache / unit_record_name(1)).unlink()
     with pytest.raises(ArtifactError, match=r"000001.json is missing.*patchcache build"):
-        read_model(UnitRecord, unit_record_path(cache, 1))
+        factories.read(UnitRecord, cache, unit_record_name(1))
 
 
 def test_a_file_digest_names_each_kind_of_damage(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
-    digest = FileDigest.of(tmp_path, path)
-    assert digest.damage(tmp_path) is None
+    store = open_store(tmp_path)
+    digest = FileDigest.of(store, path.name)
+    assert digest.damage(store) is None
     path.write_bytes(b"abd")
-    assert "has SHA-256" in digest.damage(tmp_path)
+    assert "has SHA-256" in digest.damage(store)
     path.write_bytes(b"ab")
-    assert "has 2 bytes, expected 3" in digest.damage(tmp_path)
+    assert "has 2 bytes, expected 3" in digest.damage(store)
     path.unlink()
-    assert "is missing" in digest.damage(tmp_path)
+    assert "is missing" in digest.damage(store)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.manifest import UnitRecord
+from cache_builder.formats.manifest import FileDigest, UnitRecord
 from cache_builder.formats.sample import CachedSample, NewSample, from_npy, npy_bytes
-from cache_builder.formats.shards import TarShard, read_shard, write_shard
+from cache_builder.formats.shards import ShardWriter, TarShard, read_shard
+from cache_builder.stores import LocalStore
 from tests import factories
 
 
@@ -39,15 +40,23 @@ def assert_same(read, written):
         assert a.token_ids.dtype == np.uint16
 
 
+def write_shard(root, samples):
+    """Write a tar below `root`; return its path and what the writer says of it."""
+    with ShardWriter(LocalStore(root), 0) as writer:
+        for sample in samples:
+            writer.add(sample)
+        return root / "shards/000000.tar", writer.finish()
+
+
 @pytest.fixture
 def shard(tmp_path):
-    path = tmp_path / "shards" / "000000.tar"
-    return path, write_shard(path, SAMPLES)
+    path, written = write_shard(tmp_path, SAMPLES)
+    return path, list(written.samples)
 
 
 def open_shard(path, entries):
     record = UnitRecord(unit=0, num_samples=len(entries), files=(), samples=tuple(entries))
-    return TarShard(path, record)
+    return TarShard(LocalStore(path.parent.parent), 0, record)
 
 
 def test_what_is_written_is_read_by_walking_and_by_offset(shard):
@@ -104,27 +113,34 @@ def test_plain_webdataset_reads_it(shard):
 
 def test_the_same_samples_give_the_same_bytes(shard, tmp_path):
     path, entries = shard
-    again = tmp_path / "again.tar"
-    assert write_shard(again, SAMPLES) == entries
+    again, written = write_shard(tmp_path / "again", SAMPLES)
+    assert list(written.samples) == entries
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    path, written = write_shard(tmp_path, SAMPLES)
+    assert written.files == (FileDigest.of(LocalStore(tmp_path), "shards/000000.tar"),)
+    assert path.stat().st_size == written.files[0].bytes
 
 
 def test_a_sample_may_lack_its_image(tmp_path):
     sample = new_sample("a", image=None)
-    entries = write_shard(tmp_path / "s.tar", [sample])
-    assert_same(list(read_shard(tmp_path / "s.tar")), [sample.sample])
-    assert set(entries[0].members) == {"json", "tokens.npy", "views.npy"}
+    path, written = write_shard(tmp_path, [sample])
+    assert_same(list(read_shard(path)), [sample.sample])
+    assert set(written.samples[0].members) == {"json", "tokens.npy", "views.npy"}
 
 
 def test_a_shard_may_be_empty(tmp_path):
-    assert write_shard(tmp_path / "s.tar", []) == []
-    assert list(read_shard(tmp_path / "s.tar")) == []
+    path, written = write_shard(tmp_path, [])
+    assert written.samples == ()
+    assert list(read_shard(path)) == []
 
 
 def test_residual_stages_are_one_more_axis(tmp_path):
     sample = new_sample("a", stages=(3,))
-    write_shard(tmp_path / "s.tar", [sample])
-    (read,) = read_shard(tmp_path / "s.tar")
+    path, _ = write_shard(tmp_path, [sample])
+    (read,) = read_shard(path)
     assert read.token_ids.shape == (2, 4, 4, 3)
 
 
@@ -134,8 +150,14 @@ def test_when_the_samples_end_in_an_error_there_is_no_shard(tmp_path):
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
-        write_shard(tmp_path / "s.tar", broken())
-    assert list(tmp_path.iterdir()) == []
+        write_shard(tmp_path, broken())
+    assert list((tmp_path / "shards").iterdir()) == []
+
+
+def test_a_writer_that_is_left_before_its_end_leaves_nothing(tmp_path):
+    with ShardWriter(LocalStore(tmp_path), 0) as writer:
+        writer.add(SAMPLES[0])
+    assert list((tmp_path / "shards").iterdir()) == []
 
 
 def test_a_shard_cut_anywhere_is_refused(shard):

@@ -1,0 +1,158 @@
+"""What a worker of a build does: unit after unit, each at most once."""
+
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+from cache_builder.build_log import UnitMeter, UnitWork
+from cache_builder.commit import UnitSummary, commit_unit, layer_store, whole_unit
+from cache_builder.errors import SourceError
+from cache_builder.formats.cache import IMAGE_ALONE, open_unit
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.manifest import (
+    CODEBOOK_NAME,
+    PLAN_NAME,
+    BuildPlan,
+    PlanUnit,
+    SkippedSample,
+    UnitRecord,
+    plan_unit_name,
+    read_model,
+    unit_record_name,
+)
+from cache_builder.sources import open_source
+from cache_builder.stores import Store, open_store
+from cache_builder.tokenizers import PatchTokenizer
+from cache_builder.units import Picture, Target, build_unit
+
+logger = logging.getLogger(__name__)
+
+
+class UnitReport(NamedTuple):
+    """A unit is finished."""
+
+    unit: int
+    num_samples: int
+    num_skipped: int
+    bytes: int  # written
+    was_there: bool  # finished by an earlier run and found undamaged
+    summaries: tuple[UnitSummary, ...]  # of every target, for the manifests
+    work: UnitWork | None = None  # how this run built it
+
+
+class BuildTask(NamedTuple):
+    """What every worker of one build is told; the rest stands in the plans."""
+
+    cache: str  # where it lies
+    names: tuple[str, ...]  # what to build: "" is the cache itself, others are its layers
+    images: str  # where the source lies
+    device: str = "auto"
+    weights: str | None = None
+    decode_threads: int = 1
+
+
+class BuildWorker:
+    """Builds units, in a process of its own."""
+
+    def __init__(self, task: BuildTask) -> None:
+        """Open the cache; tokenizers are loaded when the first unit needs them."""
+        self._task = task
+        self._store = open_store(task.cache)
+        self._source = open_source(task.images)
+        self._stores = {
+            name: layer_store(self._store, name) if name else self._store for name in task.names
+        }
+        self._targets: dict[str, Target] = {}
+
+    def run(self, unit: int) -> UnitReport:
+        """Build what is missing of one unit; what is there and undamaged is kept."""
+        found = {name: _take(store, unit) for name, store in self._stores.items()}
+        missing = [name for name, there in found.items() if there is None]
+        summaries = {name: there for name, there in found.items() if there is not None}
+        if missing:
+            for name, record in zip(missing, self._build(unit, missing), strict=True):
+                summaries[name] = commit_unit(self._stores[name], record)
+        first = summaries[self._task.names[0]]
+        return UnitReport(
+            unit=unit,
+            num_samples=first.shard.num_samples,
+            num_skipped=first.shard.num_skipped,
+            bytes=sum(summary.shard.bytes for summary in summaries.values()),
+            was_there=not missing,
+            summaries=tuple(summaries[name] for name in self._task.names),
+            work=self._meter.work() if missing else None,
+        )
+
+    def _build(self, unit: int, names: list[str]) -> list[UnitRecord]:
+        targets = [self._target(name) for name in names]
+        self._meter = UnitMeter(str(targets[0].tokenizer.device))
+        plan = read_model(PlanUnit, self._store, plan_unit_name(unit))
+        spec = self._base.spec
+        if "" in names:
+            pictures = (Picture(*pair) for pair in self._meter.count(self._source.read(plan)))
+            resized = spec.images_in_cache == "resized"
+            return build_unit(
+                targets,
+                unit,
+                pictures,
+                shrink_to=(spec.resized_short_side, spec.jpeg_quality) if resized else None,
+                decode_threads=self._task.decode_threads,
+            )
+        base = read_model(UnitRecord, self._store, unit_record_name(unit))
+        return build_unit(
+            targets,
+            unit,
+            self._cached(plan, base.skipped),
+            skipped=base.skipped,
+            decode_threads=self._task.decode_threads,
+        )
+
+    def _cached(self, plan: PlanUnit, skipped: tuple[SkippedSample, ...]) -> Iterator[Picture]:
+        """Yield the images of a finished unit: from the cache, or where they lie if it has none."""
+        left_out = {sample.key for sample in skipped}
+        rows = tuple(row for row in plan.rows if row.key not in left_out)
+        if self._base.spec.images_in_cache == "none":
+            whole = plan.model_copy(update={"rows": rows})
+            yield from (Picture(*pair) for pair in self._source.read(whole))
+            return
+        shard = open_unit(self._store, self._base.spec, plan.unit, len(rows))
+        try:
+            for number, row in enumerate(rows):
+                sample = shard.read(number, IMAGE_ALONE)
+                if row.key != sample.key or sample.image is None:
+                    raise SourceError(
+                        f"{self._store.location}: unit {plan.unit} holds {sample.key} where "
+                        f"{row.key} is planned. Run `patchcache verify {self._store.location}`."
+                    )
+                yield Picture(row, sample.image)
+        finally:
+            shard.close()
+
+    @cached_property
+    def _base(self) -> BuildPlan:
+        return read_model(BuildPlan, self._store, PLAN_NAME)
+
+    def _target(self, name: str) -> Target:
+        if name not in self._targets:
+            store = self._stores[name]
+            codebook = Codebook.from_bytes(store.read(CODEBOOK_NAME), store.where(CODEBOOK_NAME))
+            weights = None if codebook.extractor.id == "pixel" else self._task.weights
+            self._targets[name] = Target(
+                store,
+                read_model(BuildPlan, store, PLAN_NAME),
+                PatchTokenizer.load(codebook, self._task.device, weights),
+            )
+        return self._targets[name]
+
+
+def _take(store: Store, unit: int) -> UnitSummary | None:
+    """Return a unit that is finished; remove the record of one that is damaged."""
+    there = whole_unit(store, unit)
+    if there is not None:
+        return there[1]
+    name = unit_record_name(unit)
+    if store.exists(name):
+        logger.warning("unit %d of %s is damaged and is built again", unit, store.location)
+        store.remove(name)
+    return None

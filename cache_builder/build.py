@@ -9,13 +9,14 @@ with the same cache.
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from cache_builder import build_log
 from cache_builder.build_worker import BuildTask, BuildWorker, UnitReport
 from cache_builder.commit import describe_layer, layer_store, write_manifest
 from cache_builder.errors import ConfigError
@@ -134,11 +135,31 @@ def build_targets(
     """
     reports = []
     worker = partial(BuildWorker, task)
-    units = range(plan.num_units) if task.names else ()
-    for report in map_units(worker, units, cluster) if units else ():
-        reports.append(report)
-        if progress:
-            progress(report, plan.spec.source.num_samples)
+    with build_log.recording(task.cache, _num_views(store, task.names)) as log:
+        for report in map_units(worker, range(plan.num_units), cluster):
+            reports.append(report)
+            log.unit_done(report)
+            if progress:
+                progress(report, plan.spec.source.num_samples)
+        manifest = _publish(store, plan, task, reports)
+    return BuildSummary(
+        manifest=manifest,
+        num_units_kept=sum(report.was_there for report in reports),
+        num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
+    )
+
+
+def _num_views(store: Store, names: Sequence[str]) -> int:
+    """Return how many views of an image are tokenised for a cache ("") and its layers."""
+    places = (layer_store(store, name) if name else store for name in names)
+    plans = (read_model(BuildPlan, place, PLAN_NAME) for place in places)
+    return sum(plan.spec.view_spec.num_views for plan in plans)
+
+
+def _publish(
+    store: Store, plan: BuildPlan, task: BuildTask, reports: Sequence[UnitReport]
+) -> CacheManifest:
+    """Write the manifests of what was built, the cache's last."""
     layers = {layer.name: layer for layer in finished_layers(store)}
     for number, name in enumerate(task.names):
         if name:
@@ -153,14 +174,8 @@ def build_targets(
     if "" in task.names:
         place = task.names.index("")
         summaries = (report.summaries[place] for report in reports)
-        manifest = write_manifest(store, plan, summaries, ordered)
-    else:
-        manifest = publish_layers(store, ordered)
-    return BuildSummary(
-        manifest=manifest,
-        num_units_kept=sum(report.was_there for report in reports),
-        num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
-    )
+        return write_manifest(store, plan, summaries, ordered)
+    return publish_layers(store, ordered)
 
 
 def finished_layers(store: Store) -> tuple[LayerInfo, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
+from cache_builder.build_log import UnitMeter, UnitWork
 from cache_builder.commit import UnitSummary, commit_unit, layer_store, whole_unit
 from cache_builder.errors import SourceError
 from cache_builder.formats.cache import IMAGE_ALONE, open_unit
@@ -37,6 +38,7 @@ class UnitReport(NamedTuple):
     bytes: int  # written
     was_there: bool  # finished by an earlier run and found undamaged
     summaries: tuple[UnitSummary, ...]  # of every target, for the manifests
+    work: UnitWork | None = None  # how this run built it
 
 
 class BuildTask(NamedTuple):
@@ -78,14 +80,16 @@ class BuildWorker:
             bytes=sum(summary.shard.bytes for summary in summaries.values()),
             was_there=not missing,
             summaries=tuple(summaries[name] for name in self._task.names),
+            work=self._meter.work() if missing else None,
         )
 
     def _build(self, unit: int, names: list[str]) -> list[UnitRecord]:
         targets = [self._target(name) for name in names]
+        self._meter = UnitMeter(str(targets[0].tokenizer.device))
         plan = read_model(PlanUnit, self._store, plan_unit_name(unit))
         spec = self._base.spec
         if "" in names:
-            pictures = (Picture(*pair) for pair in self._source.read(plan))
+            pictures = (Picture(*pair) for pair in self._meter.count(self._source.read(plan)))
             resized = spec.images_in_cache == "resized"
             return build_unit(
                 targets,

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,9 +31,6 @@ from cache_builder.cli_options import (
     triple,
 )
 from cache_builder.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cache_builder.appraisal import AppraisalOptions
 
 # What a finished cache has settled.
 _SETTLED = (
@@ -352,34 +349,53 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A codebook, cache, shard or checkpoint.")],
+    location: Annotated[
+        str, typer.Argument(help="A codebook, cache, shard or checkpoint.", metavar="PATH")
+    ],
     images: Annotated[
         str | None,
-        typer.Option(help="Measure a codebook on these images, or on what the fit held out."),
+        typer.Option(
+            help="Codebook: measure it on these images, or on what the fit held out. Cache without "
+            "images: where they lie now, for --page."
+        ),
     ] = None,
     page: Annotated[
-        Path | None, typer.Option(help="With --images: also write a page with pictures, .html.")
+        Path | None,
+        typer.Option(help="Of a cache, or a codebook with --images: write a page, .html."),
     ] = None,
     max_images: Annotated[
-        int, typer.Option(min=1, help="With --images: look at so many, chosen by key.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Codebook: look at so many, default 1,000. Cache: count no more; default all.",
+        ),
+    ] = None,
     device: Device = "auto",
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Show what a codebook, a cache, a shard or a checkpoint holds, or what a codebook is worth.
 
-    Example: `patchcache inspect codebook.safetensors --images photos/ --page codebook.html`
+    Example: `patchcache inspect cache/ --page cache.html`
     """
+    from cache_builder import cli_inspect
+
+    path = Path(location)
+    if "://" in location or path.is_dir():
+        cli_inspect.survey(
+            location, images=images, page=page, max_images=max_images, as_json=as_json
+        )
+        return
     if images is not None:
         from cache_builder.appraisal import AppraisalOptions
 
-        _appraise(AppraisalOptions(path, images, max_images, device, weights), page, as_json)
+        options = AppraisalOptions(path, images, max_images or 1000, device, weights)
+        cli_inspect.appraise(options, page, as_json=as_json)
         return
     from cache_builder.console import print_description
 
     if page is not None:
-        raise ConfigError("--page shows a codebook at work and needs --images.")
+        raise ConfigError("--page shows a cache, or a codebook at work, which needs --images.")
     if path.suffix == ".pt":
         from trainer import checkpoint
 
@@ -392,22 +408,6 @@ def inspect(
         _print_json(description)
     else:
         print_description(description)
-
-
-def _appraise(options: "AppraisalOptions", page: Path | None, as_json: bool) -> None:
-    from cache_builder import appraisal as job
-    from cache_builder import codebook_page
-    from cache_builder.appraisal_table import appraisal_result
-    from cache_builder.console import Steps, print_appraisal
-
-    with Steps("measuring", "images") as progress:
-        appraisal = job.run(options, progress.update)
-    if page is not None:
-        codebook_page.write(page, appraisal, options.codebook.name)
-    if as_json:
-        _print_json(appraisal_result(appraisal))
-    else:
-        print_appraisal(appraisal, page)
 
 
 @app.command()

@@ -21,8 +21,11 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Self
 
+import numpy as np
+
 from cache_builder import files
 from cache_builder.errors import ArtifactError
+from cache_builder.formats.columns import NO_LABEL, ShardColumns, npy_column
 from cache_builder.formats.manifest import FileDigest, SampleEntry, UnitRecord, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample, from_npy, npy_bytes
@@ -33,7 +36,10 @@ VIEWS = "views.npy"
 INFO = "json"
 
 _ARRAY_OF_EXTENSION = {f"{name}.npy": name for name in PAYLOAD_OF_ARRAY}
+_PART_OF_EXTENSION = {INFO: "info", TOKENS: "tokens", VIEWS: "views"}
 _BLOCK_BYTES = 512
+_READ_BYTES = 1 << 22  # at a time, where no images lie between the targets
+_GAP_BYTES = 1 << 12  # that are rather read than jumped over
 
 
 def shard_name(unit: int) -> str:
@@ -194,19 +200,86 @@ class TarShard:
                 for extension, place in wanted.items()
                 if (payload := payload_of(extension)) is None or payload in payloads
             }
-        start = min(offset for offset, _ in wanted.values())
-        stop = max(offset + size for offset, size in wanted.values())
-        data = self._file.read(start, stop - start)
-        if len(data) < stop - start:
-            raise ArtifactError(
-                f"{self._path} ends before sample {entry.key}. "
-                f"Run `patchcache verify {self._store.location}`."
-            )
+        start, stop = _span(wanted.values())
+        data = self._bytes(start, stop, entry.key)
         members = {
             extension: data[offset - start : offset - start + size]
             for extension, (offset, size) in wanted.items()
         }
         return _sample(entry.key, members, self._path)
+
+    def columns(self) -> ShardColumns:
+        """Return the targets of all samples; images, soft targets and features are not read.
+
+        Raises:
+            ArtifactError: A member is missing or damaged.
+        """
+        wanted = (INFO, TOKENS, VIEWS)
+        columns: dict[str, list[bytes]] = {extension: [] for extension in wanted}
+        for start, stop, entries in self._stretches(wanted):
+            data = self._bytes(start, stop, entries[0].key)
+            for entry in entries:
+                for extension in wanted:
+                    offset, size = entry.members[extension]
+                    columns[extension].append(data[offset - start : offset - start + size])
+        infos = []
+        for entry, text in zip(self._entries, columns[INFO], strict=True):
+            try:
+                info = json.loads(text)
+                label = info.get("label")
+                infos.append((NO_LABEL if label is None else label, info["height"], info["width"]))
+            except (ValueError, KeyError, AttributeError) as exc:
+                raise ArtifactError(
+                    f"{self._path}: {entry.key}.{INFO} is damaged ({exc})."
+                ) from exc
+        numbers = np.array(infos, np.int64).reshape(-1, 3)
+        return ShardColumns(
+            keys=self.keys,
+            labels=numbers[:, 0],
+            image_sizes=numbers[:, 1:].astype(np.int32),
+            views=npy_column(columns[VIEWS], f"{self._path}: {VIEWS}"),
+            token_ids=npy_column(columns[TOKENS], f"{self._path}: {TOKENS}"),
+        )
+
+    def part_bytes(self) -> Counter[str]:
+        """Return the size of every kind of member, in bytes without tar headers."""
+        sizes = Counter[str]()
+        for entry in self._entries:
+            for extension, (_, size) in entry.members.items():
+                part = _PART_OF_EXTENSION.get(extension) or payload_of(extension) or "info"
+                sizes[part] += size
+        return sizes
+
+    def _stretches(self, wanted: Collection[str]) -> Iterator[tuple[int, int, list[SampleEntry]]]:
+        """Yield what to read at a time: start, stop, and the samples whose members lie within."""
+        start, stop, entries = 0, 0, list[SampleEntry]()
+        for entry in self._entries:
+            missing = set(wanted) - entry.members.keys()
+            if missing:
+                raise ArtifactError(
+                    f"{self._path}: sample {entry.key} has no {', '.join(sorted(missing))}. "
+                    "This tar was not written by `patchcache build`, or it is damaged."
+                )
+            begin, end = _span(entry.members[extension] for extension in wanted)
+            near = stop <= begin <= stop + _GAP_BYTES and end - start <= _READ_BYTES
+            if entries and not near:
+                yield start, stop, entries
+                entries = []
+            if not entries:
+                start = begin
+            stop = end
+            entries.append(entry)
+        if entries:
+            yield start, stop, entries
+
+    def _bytes(self, start: int, stop: int, key: str) -> bytes:
+        data = self._file.read(start, stop - start)
+        if len(data) < stop - start:
+            raise ArtifactError(
+                f"{self._path} ends before sample {key}. "
+                f"Run `patchcache verify {self._store.location}`."
+            )
+        return data
 
     def close(self) -> None:
         """Close the tar."""
@@ -229,6 +302,12 @@ def _payload_bytes(entries: Iterable[SampleEntry]) -> Counter[PayloadName]:
             if payload := payload_of(extension):
                 sizes[payload] += size
     return sizes
+
+
+def _span(places: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the first and the last byte, exclusive, of (offset, size) places."""
+    found = list(places)
+    return min(start for start, _ in found), max(start + size for start, size in found)
 
 
 def _members(new: NewSample) -> dict[str, bytes]:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_builder.errors import ArtifactError
+from cache_builder.formats.columns import ShardColumns
 from cache_builder.formats.manifest import CacheSpec, FileDigest, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample
@@ -37,6 +38,7 @@ STORE_NAME = "tokens.zarr"
 ABSENT = 65_535
 
 _UNREADABLE = (OSError, KeyError, ValueError, RuntimeError)  # what zarr raises of damage
+_PART_OF_ARRAY = {"tokens": "tokens", "views": "views", "images": "image"}
 _MAX_CHUNK_ROWS = 256
 _MAX_PAYLOAD_CHUNK_BYTES = 1 << 20
 
@@ -197,6 +199,18 @@ def _payload_bytes(written: Iterable[FileDigest]) -> Counter[PayloadName]:
     return sizes
 
 
+def part_bytes(stored: Iterable[FileDigest]) -> Counter[str]:
+    """Return the size of every kind of array among the files of one unit, in bytes."""
+    sizes = Counter[str]()
+    for file in stored:
+        _, name, *_, last = PurePosixPath(file.path).parts
+        part = _PART_OF_ARRAY.get(name) or PAYLOAD_OF_ARRAY.get(name)
+        if part is None or last == "zarr.json":
+            part = "info"
+        sizes[part] += file.bytes
+    return sizes
+
+
 class ZarrShard:
     """The samples of one unit: token ids in memory, the rest read when it is asked for."""
 
@@ -217,6 +231,7 @@ class ZarrShard:
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
             self._keys: list[str] = group["keys"][rows].tolist()
+            self._size_rows = group["sizes"], rows
             # A unit whose images were all skipped has no image file.
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
@@ -256,6 +271,20 @@ class ZarrShard:
             token_ids=self._tokens[row],
             **arrays,
         )
+
+    def columns(self) -> ShardColumns:
+        """Return the targets of all samples; images, soft targets and features are not read.
+
+        Raises:
+            ArtifactError: The sizes of the images cannot be read.
+        """
+        sizes, rows = self._size_rows
+        try:
+            image_sizes = sizes[rows]
+        except _UNREADABLE as exc:
+            raise self._damaged(exc) from exc
+        labels = np.array(self._labels, np.int64)
+        return ShardColumns(self._keys, labels, image_sizes, self._views, self._tokens)
 
     def close(self) -> None:
         """Close the image file."""

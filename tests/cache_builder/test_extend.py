@@ -126,9 +126,7 @@ def test_an_image_is_decoded_once_for_all_tokenizers(
     decoded = []
     decode = units.decode
     monkeypatch.setattr(units, "decode", lambda data: decoded.append(data) or decode(data))
-    codebooks = [
-        build.Codebook.load(path) for path in (tmp_path / "codebook.safetensors", grey_path)
-    ]
+    grey = build.Codebook.load(grey_path)
     cache = make(further_codebooks=(grey_path,))
     shutil.rmtree(cache / "units")
     shutil.rmtree(cache / "targets" / f"{grey.fingerprint[:12]}-000" / "units")

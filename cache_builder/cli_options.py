@@ -20,7 +20,10 @@ RayAddress = Annotated[
     typer.Option(help="Run on this Ray cluster; by default on this machine's cores."),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Ray actors; by default one per CPU of the cluster.")
+    int | None,
+    typer.Option(
+        min=0, help="Ray actors; default one per CPU of the cluster; 0: this process, no Ray."
+    ),
 ]
 GpusPerWorker = Annotated[float, typer.Option(min=0, help="GPU share of each actor.")]
 Weights = Annotated[

@@ -1,20 +1,19 @@
 """What is added to a cache later is what it would have had from the beginning."""
 
-import shutil
-
 import numpy as np
 import pytest
 
-from cache_builder import build, extend
+from cache_builder import build, extend, units
 from cache_builder.errors import ArtifactError, ConfigError, TokenizerMismatchError
 from cache_builder.formats import TokenCache
+from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.stores import open_store
 from tests import factories
 
 LAYOUTS = ["webdataset", "zarr"]
 PER_VIEW = ("views", "token_ids", "soft_ids", "soft_probs")
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+HERE = ClusterOptions(num_workers=0)
 
 
 @pytest.fixture
@@ -34,7 +33,8 @@ def grey_path(tmp_path):
 @pytest.fixture
 def make(tmp_path, images, codebook_path):
     def make(name="cache", codebook=codebook_path, **changes):
-        settings = {"num_views": 2, "unit_size": 2, "device": "cpu"} | changes
+        settings: dict = {"num_views": 2, "unit_size": 2, "device": "cpu", "cluster": HERE}
+        settings |= changes
         build.run(build.BuildOptions(str(images), codebook, tmp_path / name, **settings))
         return tmp_path / name
 
@@ -42,7 +42,7 @@ def make(tmp_path, images, codebook_path):
 
 
 def grow(cache, **changes):
-    return extend.run(extend.ExtendOptions(cache, device="cpu", **changes))
+    return extend.run(extend.ExtendOptions(cache, device="cpu", cluster=HERE, **changes))
 
 
 def samples_of(cache, tokenizer=None):
@@ -118,23 +118,11 @@ def test_more_views_reach_every_tokenizer(make, grey_path):
     assert_same(samples_of(cache, fingerprint), samples_of(whole, fingerprint))
 
 
-def test_an_image_is_decoded_once_for_all_tokenizers(
-    make, grey_path, monkeypatch, tmp_path, images
-):
-    from cache_builder import units
-
+def test_an_image_is_decoded_once_for_all_tokenizers(make, grey_path, monkeypatch):
     decoded = []
     decode = units.decode
     monkeypatch.setattr(units, "decode", lambda data: decoded.append(data) or decode(data))
-    grey = build.Codebook.load(grey_path)
-    cache = make(further_codebooks=(grey_path,))
-    shutil.rmtree(cache / "units")
-    shutil.rmtree(cache / "targets" / f"{grey.fingerprint[:12]}-000" / "units")
-    plan = factories.read(build.BuildPlan, cache, "plan.json")
-    names = ("", *plan.layers)
-    worker = factories.make_worker(cache, plan, images=str(images), names=names)
-    for unit in range(plan.num_units):
-        worker.run(unit)
+    make(further_codebooks=(grey_path,))
     assert len(decoded) == 6
 
 
@@ -224,7 +212,9 @@ def test_soft_targets_are_added_with_views(make, tmp_path):
 
 def test_the_command_extends_and_refuses_what_is_settled(make, patchcache, grey_path):
     cache = make()
-    done = patchcache("build", "--extend", "--out", cache, "--codebook", grey_path, "--views", 3)
+    done = patchcache(
+        "build", "--extend", "--out", cache, "--codebook", grey_path, "--views", 3, "--workers", 0
+    )
     assert done.status == 0, done.err
     assert len(samples_of(cache)[0].views) == 3
     refused = patchcache("build", "--extend", "--out", cache, "--seed", 7)
@@ -236,9 +226,9 @@ def test_a_cache_on_an_object_store_is_built_extended_and_read(
     make, bucket, tmp_path, codebook_path, images
 ):
     out = f"{bucket}/caches/photos"
-    settings = {"unit_size": 2, "device": "cpu"}
+    settings = {"unit_size": 2, "device": "cpu", "cluster": HERE}
     build.run(build.BuildOptions(str(images), codebook_path, out, num_views=2, **settings))
-    extend.run(extend.ExtendOptions(out, num_views=4, device="cpu"))
+    extend.run(extend.ExtendOptions(out, num_views=4, device="cpu", cluster=HERE))
     local = make()
     grow(local, num_views=4)
     store = open_store(out)

@@ -17,6 +17,7 @@ in the middle of the time that its images take.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import sys
@@ -94,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=150)
-    num_images = args.num_images or (256 if args.quick else 1536)
+    num_images = args.num_images or (256 if args.quick else 768)
     console.print(
         f"torch {torch.__version__}, {num_images:,} images, {NUM_VIEWS} views each, "
         f"{args.processes} processes, device {args.device}"
@@ -112,8 +113,7 @@ def main() -> None:
         if args.only in (None, "limits"):
             table = limit_table()
             add_limits(table, "pixel", images, settings, work, measured)
-            if args.features or not args.quick:
-                model = args.features or "timm:vit_tiny_patch16_224"
+            if model := args.features:
                 fewer = write_images(work / "fewer", 96 if args.device == "cpu" else num_images)
                 of_model = settings._replace(codebook=model_codebook(model, fewer, work))
                 add_limits(table, model, fewer, of_model, work, None)
@@ -124,54 +124,65 @@ def peer_table(images: Path, settings: Settings, work: Path) -> tuple[Table, Mea
     """Run every route: undisturbed, again, and again after a kill."""
     num_images = len(list(images.iterdir()))
     table = Table(title=f"Building a cache of {num_images:,} images, {NUM_VIEWS} views each")
-    for name in ("route", "s", "of it start-up", "images/s", "after start-up", "CPU ms per image",
+    for name in ("route", "s", "start-up s", "images/s", "after start-up", "CPU ms per image",
                  "after start-up", "MB", "MB on disk", "files", "again, finished, s",
                  "again, killed half-way, s"):  # fmt: skip
         table.add_column(name, justify="left" if name == "route" else "right")
+    to_tars = build_command(settings, "webdataset", "none")
     routes = {
-        "build, webdataset, images": build_command(settings, "webdataset", "original"),
-        "build, webdataset, none": build_command(settings, "webdataset", "none"),
-        "build, zarr, none": build_command(settings, "zarr", "none"),
+        "build, webdataset": to_tars,
+        "build, zarr": build_command(settings, "zarr", "none"),
         "DataLoader, .npy per image": peer_command(settings, "per-image"),
         "Ray Data map_batches, parquet": peer_command(settings, "ray-data"),
     }
-    of_build = None
-    for number, (name, command) in enumerate(routes.items()):
-        out = work / f"out-{number}"
-        measured = measure(command, images, out, work)
+    if importlib.util.find_spec("pandas") is None:
+        del routes["Ray Data map_batches, parquet"]
+        table.caption = "Ray Data is left out: it needs pandas. Run: pip install pandas"
+    found: dict[str, Measured] = {}
+    for name, command in routes.items():
+        out = work / name
+        # Both layouts start in the same way.
+        start = found["build, webdataset"].start if name == "build, zarr" else None
+        found[name] = measured = measure(command, images, out, work, start)
+        cost = measured.cost
         finished = process_tree.run(command(images, out), env=ENV)
-        killed = work / "killed"
-        after = measured.start.seconds + (measured.cost.seconds - measured.start.seconds) / 2
-        process_tree.run(command(images, killed), kill_after_s=after, env=ENV)
-        resumed = process_tree.run(command(images, killed), env=ENV)
-        check_same_ids(killed, work / "out-1")
+        check_same_ids(out, work / "build, webdataset")
+        resumed = None if name == "build, zarr" else resume(command, images, measured, work)
         content, allocated, num_files = process_tree.disk_use(out)
-        cost, start = measured.cost, measured.start
         table.add_row(
-            name, f"{cost.seconds:.1f}", f"{start.seconds:.1f}",
+            name, f"{cost.seconds:.1f}", f"{measured.start.seconds:.1f}",
             f"{num_images / cost.seconds:.0f}", f"{measured.rate:.0f}",
             f"{cost.cpu_s / num_images * 1e3:.1f}", f"{measured.cpu_ms:.1f}",
             f"{content / 1e6:.1f}", f"{allocated / 1e6:.1f}", f"{num_files:,}",
-            f"{finished.seconds:.1f}", f"{resumed.seconds:.1f}",
+            f"{finished.seconds:.1f}", f"{resumed.seconds:.1f}" if resumed else "",
         )  # fmt: skip
-        shutil.rmtree(killed)
-        if number == 1:
-            of_build = measured
-    assert of_build
-    return table, of_build
+    return table, found["build, webdataset"]
 
 
-def measure(command: Command, images: Path, out: Path, work: Path) -> Measured:
-    """Run a command with one image, and then with all of them."""
-    one = work / "one-image"
-    first = sorted(images.iterdir())[0]
-    if not one.is_dir():
+def measure(
+    command: Command, images: Path, out: Path, work: Path, start: Cost | None = None
+) -> Measured:
+    """Run a command with one image, unless its start-up is known, and then with all of them."""
+    if start is None:
+        one = work / "one-image"
+        first = min(images.iterdir())
         factories.write_folder(one, {first.name: first.read_bytes()})
-    scratch = work / "start"
-    start = process_tree.run(command(one, scratch), env=ENV)
-    shutil.rmtree(scratch)
+        start = process_tree.run(command(one, work / "start"), env=ENV)
+        shutil.rmtree(work / "start")
     cost = process_tree.run(command(images, out), env=ENV)
     return Measured(cost, start, len(list(images.iterdir())))
+
+
+def resume(command: Command, images: Path, undisturbed: Measured, work: Path) -> Cost:
+    """Kill a command half-way, run it again, and check what it leaves."""
+    out = work / "killed"
+    cost, start = undisturbed.cost, undisturbed.start
+    half_way = (cost.seconds + start.seconds) / 2
+    process_tree.run(command(images, out), kill_after_s=half_way, env=ENV)
+    resumed = process_tree.run(command(images, out), env=ENV)
+    check_same_ids(out, work / "build, webdataset")
+    shutil.rmtree(out)
+    return resumed
 
 
 def build_command(settings: Settings, layout: str, kept: str, *more: str) -> Command:

@@ -123,6 +123,7 @@ def save_by_ray_data(
 ) -> None:
     """Write parquet files of paths, boxes and token ids."""
     import ray
+    import ray.data
 
     ray.init(address="local", include_dashboard=False, num_cpus=os.cpu_count())
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -135,7 +136,7 @@ def save_by_ray_data(
         TokeniseBatch,
         fn_constructor_args=(codebook, num_views, device),
         batch_size=IMAGES_PER_BATCH,
-        concurrency=num_processes,
+        compute=ray.data.ActorPoolStrategy(size=num_processes),
         num_cpus=0.5,
         num_gpus=1 / num_processes if device.startswith("cuda") else 0,
     ).write_parquet(str(out))

@@ -300,9 +300,7 @@ def run_limits(images: Path, settings: Settings) -> dict[str, list[Share]]:
     return {kind: [answer[kind] for answer in found] for kind in LIMITS}
 
 
-def _limit_process(
-    rank: int, images: Path, settings: Settings, barrier: Any, answers: Any
-) -> None:
+def _limit_process(rank: int, images: Path, settings: Settings, barrier: Any, answers: Any) -> None:
     torch.set_num_threads(1)
     tokenizer = PatchTokenizer.load(settings.codebook, settings.device)
     spec = build_peers.view_spec(tokenizer, NUM_VIEWS)
@@ -342,6 +340,7 @@ def _limit_process(
     answers.put(found)
 
 
+PUBLISHING = ("publish_new", "_flush", "flush_directory", "flush_file")
 PARTS = ("read", "decode", "crop", "tokenise")
 
 
@@ -355,8 +354,7 @@ def stages_of_build(source: Any) -> list[Stage]:
         Stage("draw views", ((views, "draw_views"),)),
         Stage("image extension", ((imaging, "image_extension"),)),
         Stage("write shard", ((shards, "write_shard"), (zarr_store, "write_unit"))),
-        Stage("publish", ((files, "publish_new"), (files, "_flush"), (files, "flush_directory"),
-                          (files, "flush_file"))),  # fmt: skip
+        Stage("publish", tuple((files, name) for name in PUBLISHING)),
         Stage("digest", ((files, "sha256_file"),)),
         Stage("plan and record as JSON", ((manifest, "read_model"), (manifest, "to_json"))),
     ]
@@ -381,9 +379,7 @@ def stage_table(images: Path, settings: Settings, work: Path) -> Table:
     return table
 
 
-def profile(
-    images: Path, settings: Settings, out: Path, layout: str, kept: str
-) -> dict[str, Any]:
+def profile(images: Path, settings: Settings, out: Path, layout: str, kept: str) -> dict[str, Any]:
     """Return milliseconds per image by stage, of all units built one after another."""
     some = sorted(images.iterdir())[:512]
     folder = out.with_name("some-images")
@@ -457,9 +453,9 @@ def save_codebook(
 ) -> Path:
     """Write (K, D) centroids as a codebook."""
     counts = np.ones((1, len(centroids)), np.int64)
-    Codebook(
-        centroids[None], counts, metric="l2", pixel_rule=pixel_rule, extractor=extractor
-    ).save(path)
+    Codebook(centroids[None], counts, metric="l2", pixel_rule=pixel_rule, extractor=extractor).save(
+        path
+    )
     return path
 
 

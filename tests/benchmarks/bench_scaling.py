@@ -4,9 +4,9 @@
     python tests/benchmarks/bench_scaling.py --quick     # fewer actors and units, for a look
 
 Workers sleep instead of decoding, so that many of them fit on one machine; everything between them
-and the driver is real: raylets of `ray.cluster_utils.Cluster`, actors, `map_units`. Listing, plan and
-manifest are measured on real files of made-up samples. The last tables carry the measured costs on
-to larger numbers of images; they are arithmetic, and say on what assumptions.
+and the driver is real: raylets of `ray.cluster_utils.Cluster`, actors, `map_units`. Listing, plan
+and manifest are measured on real files of made-up samples. The last tables carry the measured costs
+on to larger numbers of images; they are arithmetic, and say on what assumptions.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,6 @@ from cache_builder.formats.manifest import (
     SampleEntry,
     SourceInfo,
     UnitRecord,
-    plan_unit_path,
     read_model,
     to_json,
     unit_record_path,
@@ -75,11 +75,10 @@ class SleepingWorker:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
-    def run(self, unit: int) -> tuple[float, build.UnitReport]:
-        """Sleep; return when the sleep began, by a clock that all processes share."""
-        started = time.monotonic()
+    def run(self, unit: int) -> build.UnitReport:
+        """Sleep."""
         time.sleep(self._seconds)
-        return started, build.UnitReport(unit, UNIT_SIZE, 0, 10**8, was_there=False)
+        return build.UnitReport(unit, UNIT_SIZE, 0, 10**8, was_there=False)
 
 
 def main() -> None:
@@ -109,10 +108,9 @@ def scaling_table(most: int) -> tuple[Table, float]:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-    table = Table(
-        title=f"map_units on {NUM_RAYLETS} raylets, workers that sleep, one driver"
-    )
-    for name in ("workers", "unit s", "units/s", "ideal", "share", "driver CPU ms per unit"):
+    table = Table(title=f"map_units on {NUM_RAYLETS} raylets, workers that sleep, one driver")
+    for name in ("workers", "in flight", "unit s", "units/s", "ideal", "share",
+                 "driver CPU ms per unit"):  # fmt: skip
         table.add_column(name, justify="right")
     # A driver that asks for no CPU needs none; every worker finds a place of its own.
     per_raylet = -(-most // NUM_RAYLETS)
@@ -125,44 +123,45 @@ def scaling_table(most: int) -> tuple[Table, float]:
         while num_workers <= most:
             add_scaling(table, num_workers, SLEEP_S)
             num_workers *= 2
-        # Without any work, only the messages are left: the most that a driver can hand out.
+        # Without any work, only the messages are left: the most that a driver can hand out. What it
+        # costs to watch as many units as 100 and 1,000 workers have in flight is seen on a few.
         table.add_section()
         driver_s = add_scaling(table, min(4, most), 0.0)
+        for in_flight in (200, 2000):
+            add_scaling(table, min(4, most), 0.0, in_flight)
         ray.shutdown()
     finally:
         cluster.shutdown()
     return table, driver_s
 
 
-def add_scaling(table: Table, num_workers: int, seconds: float) -> float:
+def add_scaling(table: Table, num_workers: int, seconds: float, in_flight: int = 0) -> float:
     """Add a row; return the driver's CPU seconds per unit."""
+    before = ray_jobs._UNITS_IN_FLIGHT
+    ray_jobs._UNITS_IN_FLIGHT = in_flight // num_workers or before
     num_warm = ray_jobs._UNITS_IN_FLIGHT * num_workers  # until all have come once
-    num_units = num_warm + (12 * num_workers if seconds else 4000)
+    num_units = num_warm + (12 * num_workers if seconds else 2000 + num_warm)
     options = ray_jobs.ClusterOptions(num_workers=num_workers)
-    results = ray_jobs.map_units(Maker(seconds), range(num_units), options)
+    results = ray_jobs.map_units(partial(SleepingWorker, seconds), range(num_units), options)
     for _ in range(num_warm):
         next(results)
-    wall, cpu = time.monotonic(), time.process_time()
-    begun = [started for started, _ in results]
-    elapsed, driver_s = time.monotonic() - wall, time.process_time() - cpu
-    rate = len(begun) / elapsed
+    wall, cpu = time.perf_counter(), time.process_time()
+    # Towards the end fewer units are in flight, so what comes then is not looked at.
+    num_measured = num_units - num_warm - (0 if seconds else num_warm)
+    for _ in range(num_measured):
+        next(results)
+    elapsed, driver_s = time.perf_counter() - wall, time.process_time() - cpu
+    for _ in results:
+        pass
+    ray_jobs._UNITS_IN_FLIGHT = before
+    rate = num_measured / elapsed
     ideal = num_workers / seconds if seconds else None
     table.add_row(
-        f"{num_workers}", f"{seconds:.1f}", f"{rate:.1f}", f"{ideal:.1f}" if ideal else "",
-        f"{rate / ideal:.1%}" if ideal else "", f"{driver_s / len(begun) * 1e3:.2f}",
+        f"{num_workers}", f"{num_warm:,}", f"{seconds:.1f}", f"{rate:.1f}",
+        f"{ideal:.1f}" if ideal else "", f"{rate / ideal:.1%}" if ideal else "",
+        f"{driver_s / num_measured * 1e3:.2f}",
     )  # fmt: skip
-    return driver_s / len(begun)
-
-
-class Maker:
-    """Makes a worker in its actor; pickled by reference to this module would need its path."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def __call__(self) -> SleepingWorker:
-        """Return the worker."""
-        return SleepingWorker(self._seconds)
+    return driver_s / num_measured
 
 
 def driver_table(driver_s: float, quick: bool) -> tuple[Table, Costs]:
@@ -287,8 +286,8 @@ def extrapolation_table(costs: Costs) -> Table:
 def request_table() -> Table:
     """Count the requests to an object store, by what a build reads and writes."""
     table = Table(
-        title=f"Requests to an object store, assuming {PUTS_PER_S:,} PUT/s and {GETS_PER_S:,} GET/s "
-        "per prefix"
+        title=f"Requests to an object store that takes {PUTS_PER_S:,} PUT/s and {GETS_PER_S:,} "
+        "GET/s per prefix (an assumption)"
     )
     for name in ("images", "output", "source", "PUT", "PUT at the limit", "GET", "GET at the limit",
                  "PUT/s while working"):  # fmt: skip

@@ -3,13 +3,13 @@
     python -m tests.benchmarks.build_peers per-image --images DIR --codebook FILE --out DIR
     python -m tests.benchmarks.build_peers ray-data  --images DIR --codebook FILE --out DIR
 
-`per-image` is a straightforward script in the manner of 4M's token saver: a DataLoader whose workers
-decode and crop, the tokenizer in the main process, one .npy of token ids and one of crop settings
-per image; what exists is skipped, which is known only after the worker has decoded it. Several
-ranks take every n-th image, as under torchrun.
+`per-image` is a straightforward script in the manner of 4M's token saver: a DataLoader whose
+workers decode and crop, the tokenizer in the main process, one .npy of token ids and one of crop
+settings per image; what exists is skipped, which is known only after the worker has decoded it.
+Several ranks take every n-th image, as under torchrun, each with one worker.
 
-`ray-data` is Ray Data as its documentation has it: `read_binary_files`, `map_batches` over actors that
-hold the tokenizer, `write_parquet`; a second run leaves out the paths that are in the output.
+`ray-data` is Ray Data as its documentation has it: `read_binary_files`, `map_batches` over actors
+that hold the tokenizer, `write_parquet`; a second run leaves out the paths that are in the output.
 
 Both draw their crops by `draw_views`, so that their token ids are those of `patchcache build`.
 """
@@ -70,24 +70,24 @@ def save_per_image(
     images: Path, codebook: Path, out: Path, num_views: int, num_processes: int, device: str
 ) -> None:
     """Save one .npy of token ids and one of crop settings per image, by several ranks."""
-    for name in ("tokens", "crop_settings"):
-        (out / name).mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.start_processes(
-        _save_rank,
+        save_rank,
         (num_processes, images, codebook, out, num_views, device),
         nprocs=num_processes,
         start_method="spawn",
     )
 
 
-def _save_rank(
+def save_rank(
     rank: int, world: int, images: Path, codebook: Path, out: Path, num_views: int, device: str
 ) -> None:
+    """Save every `world`-th image, from number `rank` on."""
     torch.set_num_threads(1)
+    for name in ("tokens", "crop_settings"):
+        (out / name).mkdir(parents=True, exist_ok=True)
     tokenizer = PatchTokenizer.load(codebook, device)
-    crops = Crops(
-        sorted(images.iterdir())[rank::world], out / "crop_settings", view_spec(tokenizer, num_views)
-    )
+    paths = sorted(images.iterdir())[rank::world]
+    crops = Crops(paths, out / "crop_settings", view_spec(tokenizer, num_views))
     for names, views, pixels in DataLoader(crops, IMAGES_PER_BATCH, num_workers=1):
         places = [out / "tokens" / f"{name}.npy" for name in names]
         if all(os.path.exists(place) for place in places):  # noqa: PTH110

@@ -42,6 +42,7 @@ def run(
         RuntimeError: It failed; the message ends with what it printed.
     """
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    others = frozenset(_children().get(os.getpid(), ()))
     used: dict[tuple[int, int], float] = {}
     start = time.perf_counter()
     # A file, not a pipe: daemons may hold the other end for longer than the command lives.
@@ -51,13 +52,13 @@ def run(
         )
         killed = False
         while main.poll() is None:
-            _sample(used)
+            _sample(used, others)
             if kill_after_s is not None and time.perf_counter() - start > kill_after_s:
-                _kill_all()
+                _kill_all(others)
                 killed = True
             time.sleep(_SAMPLE_S)
         seconds = time.perf_counter() - start
-        _wait_for_the_rest(used)
+        _wait_for_the_rest(used, others)
         log.seek(0)
         output = log.read().decode(errors="replace")
     if main.returncode and not killed:
@@ -78,9 +79,9 @@ class _Process(NamedTuple):
     cpu_s: float
 
 
-def _descendants() -> list[_Process]:
-    """Return every process below this one, those that have ended and were not waited for too."""
-    children: dict[int, list[_Process]] = {}
+def _children() -> dict[int, dict[int, _Process]]:
+    """Return the children of every process, those that have ended unnoticed too."""
+    children: dict[int, dict[int, _Process]] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
             continue
@@ -92,34 +93,41 @@ def _descendants() -> list[_Process]:
         fields = text.rpartition(")")[2].split()
         cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
         process = _Process(int(folder.name), int(fields[19]), cpu_s)
-        children.setdefault(int(fields[1]), []).append(process)
+        children.setdefault(int(fields[1]), {})[process.pid] = process
+    return children
+
+
+def _descendants(others: frozenset[int]) -> list[_Process]:
+    """Return every process below this one, but for children of it that are no concern of ours."""
+    children = _children()
     found = []
     waiting = [os.getpid()]
     while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += [process.pid for process in below]
+        below = children.get(waiting.pop(), {})
+        ours = [process for pid, process in below.items() if pid not in others]
+        found += ours
+        waiting += [process.pid for process in ours]
     return found
 
 
-def _sample(used: dict[tuple[int, int], float]) -> None:
-    for process in _descendants():
+def _sample(used: dict[tuple[int, int], float], others: frozenset[int]) -> None:
+    for process in _descendants(others):
         used[process.pid, process.start_ticks] = process.cpu_s
 
 
-def _kill_all() -> None:
-    for process in _descendants():
+def _kill_all(others: frozenset[int]) -> None:
+    for process in _descendants(others):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
 
 
-def _wait_for_the_rest(used: dict[tuple[int, int], float]) -> None:
+def _wait_for_the_rest(used: dict[tuple[int, int], float], others: frozenset[int]) -> None:
     """Wait until what the command left running has ended, and end it if it does not."""
     deadline = time.perf_counter() + _GRACE_S
-    while processes := _descendants():
-        _sample(used)
+    while processes := _descendants(others):
+        _sample(used, others)
         if time.perf_counter() > deadline:
-            _kill_all()
+            _kill_all(others)
         for process in processes:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(process.pid, os.WNOHANG)

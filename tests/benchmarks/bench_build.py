@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import webdataset
 from rich.console import Console
 from rich.table import Table
 from torch import multiprocessing
@@ -41,6 +42,7 @@ from cache_builder.formats.views import View, draw_views
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.kmeans import fit_centroids
 from cache_builder.sources import open_source
+from cache_builder.targets import TargetMaker, Targets
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 from cache_builder.tokenizers.quantizer import ResidualQuantizer
@@ -353,6 +355,9 @@ def stages_of_build(source: Any) -> list[Stage]:
         Stage("tokenise", ((PatchTokenizer, "features"), (ResidualQuantizer, "encode"))),
         Stage("draw views", ((views, "draw_views"),)),
         Stage("image extension", ((imaging, "image_extension"),)),
+        Stage("join views", ((torch, "stack"), (torch, "cat"))),
+        Stage("other targets", ((TargetMaker, "make"), (Targets, "split"))),
+        Stage("tar members", ((webdataset.TarWriter, "write"),)),
         Stage("write shard", ((shards, "write_shard"), (zarr_store, "write_unit"))),
         Stage("publish", tuple((files, name) for name in PUBLISHING)),
         Stage("digest", ((files, "sha256_file"),)),

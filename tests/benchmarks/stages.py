@@ -102,4 +102,5 @@ def _holders(owner: Any, attribute: str, original: Any) -> list[Any]:
     if inspect.isclass(owner):
         return [owner]
     modules = [m for name, m in sys.modules.items() if name.startswith("cache_builder")]
-    return [module for module in modules if module.__dict__.get(attribute) is original]
+    holders = [module for module in modules if module.__dict__.get(attribute) is original]
+    return holders if owner in holders else [owner, *holders]

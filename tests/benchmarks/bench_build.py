@@ -53,7 +53,11 @@ from tests.benchmarks.stages import Stage, StageClock
 from tests.conftest import DATA, ROOT
 
 NUM_VIEWS = 4
-ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+ENV = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",  # else Ray's workers alone give way to other processes
+}
 
 Command = Callable[[Path, Path], list[str]]
 """Return the command that tokenises the images of the first folder into the second."""
@@ -151,13 +155,15 @@ def peer_table(images: Path, settings: Settings, work: Path) -> tuple[Table, Mea
         check_same_ids(out, work / "build, webdataset")
         resumed = None if name == "build, zarr" else resume(command, images, measured, work)
         content, allocated, num_files = process_tree.disk_use(out)
-        table.add_row(
+        row = (
             name, f"{cost.seconds:.1f}", f"{measured.start.seconds:.1f}",
             f"{num_images / cost.seconds:.0f}", f"{measured.rate:.0f}",
             f"{cost.cpu_s / num_images * 1e3:.1f}", f"{measured.cpu_ms:.1f}",
             f"{content / 1e6:.1f}", f"{allocated / 1e6:.1f}", f"{num_files:,}",
             f"{finished.seconds:.1f}", f"{resumed.seconds:.1f}" if resumed else "",
         )  # fmt: skip
+        print(" | ".join(row), file=sys.stderr)  # what is known if the rest is not waited for
+        table.add_row(*row)
     return table, found["build, webdataset"]
 
 

@@ -124,7 +124,7 @@ class _Cut(NamedTuple):
     extension: str
     image_size: tuple[int, int]
     views: list[np.ndarray]  # of every target, (V, 5) int32
-    pixels: list[Tensor]  # of every target, (V, 3, S, S)
+    pixels: list[list[Tensor]]  # of every target, V of (3, S, S)
 
 
 def _cut(picture: Picture, specs: list[CacheSpec], shrink_to: tuple[int, int] | None) -> _Cut:
@@ -145,7 +145,7 @@ def _cut(picture: Picture, specs: list[CacheSpec], shrink_to: tuple[int, int] | 
                     pixels, view, rule.size, rule.interpolation
                 )
         views.append(np.array(drawn, np.int32))
-        crops.append(torch.stack([resized[view, rule.size, rule.interpolation] for view in drawn]))
+        crops.append([resized[view, rule.size, rule.interpolation] for view in drawn])
     return _Cut(picture.row, data, image_extension(data), image_size, views, crops)
 
 
@@ -153,7 +153,7 @@ def _tokenise(
     batch: list[_Cut], number: int, spec: CacheSpec, maker: TargetMaker
 ) -> Iterator[NewSample]:
     try:
-        made = maker.make(torch.cat([image.pixels[number] for image in batch]))
+        made = maker.make(torch.stack([view for image in batch for view in image.pixels[number]]))
     except ConfigError as exc:
         raise ConfigError(f"{batch[0].row.key} to {batch[-1].row.key}: {exc}") from exc
     embedded = spec.images_in_cache != "none"

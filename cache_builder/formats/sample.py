@@ -1,5 +1,6 @@
 """One sample of a cache, as every layout stores it and every reader returns it."""
 
+import functools
 import io
 from typing import Any, NamedTuple
 
@@ -49,8 +50,15 @@ class NewSample(NamedTuple):
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
     """Return `array` as the content of a .npy file."""
+    return _npy_header(array.shape, array.dtype) + array.tobytes()
+
+
+@functools.lru_cache(maxsize=64)
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    # It takes numpy longer than the array itself, and is the same for every sample.
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 
 

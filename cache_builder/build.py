@@ -55,7 +55,7 @@ from cache_builder.formats.views import ViewSpec, draw_views
 from cache_builder.imaging import apply_view, decode, image_extension, shrink
 from cache_builder.planning import settle_plan
 from cache_builder.ray_jobs import ClusterOptions, map_units
-from cache_builder.sources import Listing, open_source
+from cache_builder.sources import Listing, image_bytes, open_source
 from cache_builder.targets import TargetMaker, feature_spec, soft_spec
 from cache_builder.tokenizers import PatchTokenizer
 
@@ -186,7 +186,7 @@ def build_unit(
     cache_dir: Path,
     spec: CacheSpec,
     unit: int,
-    images: Iterator[tuple[PlanRow, bytes]],
+    images: Iterator[tuple[PlanRow, bytes | ImageError]],
     tokenizer: PatchTokenizer,
 ) -> UnitRecord:
     """Tokenise the images of one unit and write its shard; the caller writes the record.
@@ -238,7 +238,7 @@ class _Drawn(NamedTuple):
 
 def _tokenise(
     spec: CacheSpec,
-    images: Iterator[tuple[PlanRow, bytes]],
+    images: Iterator[tuple[PlanRow, bytes | ImageError]],
     maker: TargetMaker,
     skipped: list[SkippedSample],
 ) -> Iterator[NewSample]:
@@ -255,6 +255,7 @@ def _tokenise(
                 image=image.data if embedded else None,
                 label=image.row.label,
                 views=image.views,
+                extra=image.row.extra,
                 **targets._asdict(),
             )
             extension = image.extension if embedded else ""
@@ -262,11 +263,13 @@ def _tokenise(
 
 
 def _draw(
-    spec: CacheSpec, images: Iterator[tuple[PlanRow, bytes]], skipped: list[SkippedSample]
+    spec: CacheSpec,
+    images: Iterator[tuple[PlanRow, bytes | ImageError]],
+    skipped: list[SkippedSample],
 ) -> Iterator[_Drawn]:
     for row, original in images:
         try:
-            yield _draw_one(spec, row, original)
+            yield _draw_one(spec, row, image_bytes(original))
         except ImageError as exc:
             logger.warning("skipped %s: %s", row.source, exc)
             skipped.append(SkippedSample(key=row.key, source=row.source, reason=str(exc)))
@@ -317,6 +320,7 @@ def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> 
             class_names=listing.class_names,
             soft=soft_spec(codebook, options.soft_top_k, options.soft_temperature),
             features=feature_spec(codebook, options.store_features),
+            has_extra=listing.has_extra,
         )
     except ValidationError as exc:
         raise ConfigError(f"{first_problem(exc)}.") from exc

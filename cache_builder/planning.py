@@ -31,14 +31,15 @@ def settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook
         ConfigError: `out` holds a build with other settings or images, or something else.
         TokenizerMismatchError: It holds a build with another tokenizer.
     """
-    texts = [to_json(unit) for unit in listing.units]
-    plan = BuildPlan(spec=spec, num_units=len(texts), units_sha256=units_sha256(texts))
+    # The units are made twice, here and below, and never held all at once.
+    digest = units_sha256(map(to_json, listing.units))
+    plan = BuildPlan(spec=spec, num_units=listing.num_units, units_sha256=digest)
     path = out / PLAN_NAME
     if path.is_file():
         _refuse_other_plan(out, read_model(BuildPlan, path), plan)
     else:
         _refuse_foreign_folder(out)
-    for unit, text in enumerate(texts):
+    for unit, text in enumerate(map(to_json, listing.units)):
         target = plan_unit_path(out, unit)
         if not target.is_file() or target.read_bytes() != text:
             files.publish(target, text)
@@ -47,7 +48,7 @@ def settle_plan(out: Path, spec: CacheSpec, listing: Listing, codebook: Codebook
     # Done on every run, with the same bytes: what a kill or a damaged disk left out is back.
     codebook.save(out / CODEBOOK_NAME)
     if spec.layout == "zarr":
-        zarr_store.create_store(out, spec, len(texts))
+        zarr_store.create_store(out, spec, listing.num_units)
     return plan
 
 

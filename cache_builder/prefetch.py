@@ -2,9 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 _POLL_S = 0.1
@@ -51,3 +54,22 @@ def read_ahead(items: Iterable[_T], depth: int) -> Iterator[_T]:
     finally:
         stopped.set()
         thread.join()
+
+
+def map_ahead(function: Callable[[_S], _T], items: Iterable[_S], depth: int) -> Iterator[_T]:
+    """Yield `function(item)` of every item in order, up to `depth` of them at work in threads.
+
+    It pays where the function waits for a network. What it raises is raised here, in the item's
+    turn. Results that nobody takes any more are dropped.
+    """
+    waiting: deque[Future[_T]] = deque()
+    executor = ThreadPoolExecutor(depth, thread_name_prefix="map-ahead")
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)

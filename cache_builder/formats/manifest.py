@@ -14,8 +14,8 @@ Nothing about a cache is inferred from file names, listing order or times. If a 
 know it, it is a field here. No field depends on when, where or how fast the build ran: the same
 inputs give the same bytes.
 
-Fields of payloads that a cache does not have (`soft`, `features`) are left out of the files, not
-written as null.
+Fields of what a cache does not have (`soft`, `features`, `has_extra`, `extra`, ...) are left out of
+the files, not written as null.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ SKIPPED_NAME = "skipped.jsonl"
 
 Layout = Literal["webdataset", "zarr"]
 ImagesInCache = Literal["original", "resized", "none"]
-SourceKind = Literal["folder", "webdataset"]
+SourceKind = Literal["folder", "webdataset", "zip", "parquet", "list"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -61,13 +61,18 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
 
     kind: SourceKind
     location: str = Field(
-        description="folder, or tar path with brace patterns, as an absolute path"
+        description="absolute path or URL of a folder, or of files with brace patterns"
     )
     num_samples: int = Field(ge=0)
 
 
-class _OptionalPayloads(BaseModel, frozen=True, extra="forbid"):
-    """A model whose fields `soft` and `features` are written only where they are set."""
+_LEFT_OUT_UNSET = frozenset(
+    {"soft", "features", "has_extra", "extra", "refused", "span", "container_bytes"}
+)
+
+
+class _LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
+    """A model whose fields that not every cache has are written only where they are set."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -75,11 +80,11 @@ class _OptionalPayloads(BaseModel, frozen=True, extra="forbid"):
         return {
             name: value
             for name, value in fields.items()
-            if value is not None or name not in ("soft", "features")
+            if name not in _LEFT_OUT_UNSET or (value is not None and value not in ("", {}, False))
         }
 
 
-class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
+class CacheSpec(_LeavesOutUnset, frozen=True, extra="forbid"):
     """The settings of a build: two builds with equal specs and sources give equal bytes."""
 
     fingerprint: str = Field(description="identity of the tokenizer")
@@ -96,6 +101,7 @@ class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
     class_names: tuple[str, ...] = Field((), description="name of label 0, 1, ...")
     soft: SoftSpec | None = Field(None, description="of the payload `soft`")
     features: FeatureSpec | None = Field(None, description="of the payload `features`")
+    has_extra: bool = Field(False, description="samples carry further columns of the source")
 
     @property
     def tokens_shape(self) -> tuple[int, ...]:
@@ -126,19 +132,30 @@ class BuildPlan(BaseModel, frozen=True, extra="forbid"):
     units_sha256: str = Field(description="of the concatenated SHA-256 of every plan unit file")
 
 
-class PlanRow(BaseModel, frozen=True, extra="forbid"):
+class PlanRow(_LeavesOutUnset, frozen=True, extra="forbid"):
     """One sample to tokenise."""
 
     key: str
-    source: str = Field(description="path within the folder, or member name within the tar")
+    source: str = Field(
+        description="path within the folder, line of the list, member name within the tar or zip, "
+        "or row of the Parquet file and the path that it gives"
+    )
     label: int | None = None
+    extra: dict[str, JsonValue] = Field({}, description="further columns of the source")
+    refused: str = Field("", description="why the image is not read; empty: it is")
+    span: tuple[int, int] | None = Field(
+        None, description="offset and bytes of a tar member's content, or of a zip member"
+    )
 
 
-class PlanUnit(BaseModel, frozen=True, extra="forbid"):
+class PlanUnit(_LeavesOutUnset, frozen=True, extra="forbid"):
     """`plan/NNNNNN.json`: one unit of work."""
 
     unit: int = Field(ge=0)
-    container: str = Field("", description="the tar that holds the images; empty for a folder")
+    container: str = Field(
+        "", description="tar, zip or Parquet file with the images; empty for a folder or list"
+    )
+    container_bytes: int | None = Field(None, description="its size when it was listed")
     rows: tuple[PlanRow, ...]
 
 
@@ -186,7 +203,7 @@ class SampleEntry(BaseModel, frozen=True, extra="forbid"):
     members: dict[str, tuple[int, int]]
 
 
-class UnitRecord(_OptionalPayloads, frozen=True, extra="forbid"):
+class UnitRecord(_LeavesOutUnset, frozen=True, extra="forbid"):
     """`units/NNNNNN.json`: the commit record of one unit."""
 
     format_version: int = FORMAT_VERSION
@@ -221,7 +238,7 @@ class ShardInfo(BaseModel, frozen=True, extra="forbid"):
         return files.sha256_bytes("".join(file.sha256 for file in self.files).encode())
 
 
-class CacheManifest(_OptionalPayloads, frozen=True, extra="forbid"):
+class CacheManifest(_LeavesOutUnset, frozen=True, extra="forbid"):
     """`manifest.json`: what a finished cache holds."""
 
     format_version: int = FORMAT_VERSION

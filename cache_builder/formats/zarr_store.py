@@ -7,6 +7,7 @@
     keys, source  (n,) string
     image_spans   (n, 2) int64             start and stop of the image's bytes in images/NNNNNN
     images/NNNNNN (bytes,) uint8           the images of a unit, end to end, one uncompressed chunk
+    extra         (n,) string              JSON of further columns, where the source has any
     soft_ids ...  (n, ...)                 optional payloads, as `payloads` lists them
 
 Unit u owns the rows [u * unit_size, (u + 1) * unit_size); its samples come first, the rest is
@@ -18,10 +19,11 @@ A reader holds the token ids of a unit in memory, which are small. Soft targets 
 not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
 """
 
+import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -151,6 +153,7 @@ class ZarrShard:
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
             self._keys: list[str] = group["keys"][rows].tolist()
+            self._extra: list[str] = group["extra"][rows].tolist() if spec.has_extra else []
             # A unit whose images were all skipped has no image file.
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
@@ -180,6 +183,7 @@ class ZarrShard:
                 for name, (payload, chunks) in self._payloads.items()
                 if payloads is None or payload in payloads
             }
+            extra = json.loads(self._extra[row] or "{}") if self._extra else {}
         except _UNREADABLE as exc:
             raise self._damaged(exc) from exc
         return CachedSample(
@@ -188,6 +192,7 @@ class ZarrShard:
             label=None if label < 0 else label,
             views=self._views[row],
             token_ids=self._tokens[row],
+            extra=extra,
             **arrays,
         )
 
@@ -248,6 +253,8 @@ def _arrays(spec: CacheSpec) -> dict[str, _Array]:
     }
     if spec.images_in_cache != "none":
         arrays["image_spans"] = _Array((2,), np.int64, 0, ("sample", "span"))
+    if spec.has_extra:
+        arrays["extra"] = _Array((), str, "", ("sample",))
     for name, payload in spec.payload_arrays.items():
         row_bytes = payload.dtype.itemsize * math.prod(payload.shape)
         arrays[name] = _Array(
@@ -273,6 +280,8 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
     if spec.images_in_cache != "none":
         stops = np.cumsum([len(new.sample.image or b"") for new in samples])
         values["image_spans"] = list(np.stack([np.concatenate([[0], stops[:-1]]), stops], 1))
+    if spec.has_extra:
+        values["extra"] = [_json_text(new.sample.extra) for new in samples]
     for name in spec.payload_arrays:
         values[name] = [getattr(new.sample, name) for new in samples]
     columns = {}
@@ -282,6 +291,10 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
         column[: len(samples)] = values[name]
         columns[name] = column
     return columns
+
+
+def _json_text(extra: Mapping[str, Any]) -> str:
+    return files.canonical_json(dict(extra)).decode() if extra else ""
 
 
 def _write_images(root: Path, unit: int, samples: list[NewSample]) -> Path:

@@ -1,0 +1,253 @@
+"""From rows to a listing: sorted, without doubles, cut into units, in bounded memory.
+
+A listing does not hold its units. It makes them one by one, as often as it is iterated, from rows
+that lie sorted on disk where they are many. Which row is in which unit is a function of the rows
+and of nothing else.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from cache_builder.errors import ImageError, SourceError
+from cache_builder.formats.manifest import PlanRow, PlanUnit, SourceInfo, SourceKind
+from cache_builder.sources.classes import Classes
+from cache_builder.sources.external_sort import SortedRows, Spool
+from cache_builder.sources.names import base_name
+
+MIN_UNIT_SIZE = 64
+MAX_UNIT_SIZE = 1024
+_TARGET_UNITS = 64
+
+
+class Units(Protocol):
+    """The units of a source: made anew by every iteration."""
+
+    def __iter__(self) -> Iterator[PlanUnit]:
+        """Yield the units in order."""
+
+    def __len__(self) -> int:
+        """Return the number of units."""
+
+
+class Listing(NamedTuple):
+    """Everything that a build needs to know of a source before it reads an image."""
+
+    info: SourceInfo
+    units: Units
+    class_names: tuple[str, ...]
+    unit_size: int
+    has_extra: bool = False  # some row has columns beside its image and label
+
+    @property
+    def num_units(self) -> int:
+        """Number of units."""
+        return len(self.units)
+
+
+class Source(Protocol):
+    """A place that holds images."""
+
+    def scan(self, unit_size: int | None) -> Listing:
+        """Return the units of the source; `unit_size` None chooses one."""
+
+    def read(self, unit: PlanUnit) -> Iterator[tuple[PlanRow, bytes | ImageError]]:
+        """Yield every row of a unit with its image, or with why it is refused, in order."""
+
+
+class Row(NamedTuple):
+    """What a source knows of one image; its label is not a number yet."""
+
+    key: str
+    source: str
+    label: int | str | None = None
+    extra: dict[str, Any] | None = None
+    refused: str = ""
+    span: tuple[int, int] | None = None
+
+
+class Part(NamedTuple):
+    """The rows of a container, or of a slice of it, which make one unit or more."""
+
+    container: str
+    container_bytes: int | None
+    rows: list[Row]
+
+
+def list_rows(
+    kind: SourceKind,
+    location: str,
+    rows: Iterable[Row],
+    classes: Classes,
+    unit_size: int | None,
+) -> Listing:
+    """Sort rows by key and cut them into units.
+
+    Raises:
+        SourceError: Two rows have one key.
+    """
+    counted = _Counter(classes)
+    ordered = SortedRows(map(counted.see, rows))
+    _check_unique(((key, source) for key, source, *_ in ordered), location)
+    size = unit_size or choose_unit_size(len(ordered))
+    info = SourceInfo(kind=kind, location=location, num_samples=len(ordered))
+    number_of = classes.numbering()
+    return Listing(info, _Slices(ordered, size, number_of), classes.names(), size, counted.extra)
+
+
+def list_parts(
+    kind: SourceKind,
+    location: str,
+    parts: Iterable[Part],
+    classes: Classes,
+    cut: Callable[[int], int] | None = None,
+) -> Listing:
+    """Make units of containers, in the order of the parts; rows are sorted within each.
+
+    Args:
+        kind: Of the source.
+        location: Of the source.
+        parts: Of every container at least one.
+        classes: That the labels belong to.
+        cut: Returns the unit size for a number of rows; None makes every part one unit.
+
+    Raises:
+        SourceError: Two rows have one key.
+    """
+    counted = _Counter(classes)
+    spool = Spool()
+    sizes, containers = [], []
+
+    def keys() -> Iterator[tuple[str, str, int]]:
+        for part in parts:
+            part.rows.sort(key=lambda row: row.key)
+            records = [tuple(counted.see(row)) for row in part.rows]
+            spool.append((part.container, part.container_bytes, records))
+            sizes.append(len(records))
+            containers.append(part.container)
+            for row in part.rows:
+                yield row.key, row.source, len(sizes) - 1
+
+    ordered = SortedRows(keys())
+    names = ((key, f"{base_name(containers[part])}: {source}") for key, source, part in ordered)
+    _check_unique(names, location)
+    info = SourceInfo(kind=kind, location=location, num_samples=len(ordered))
+    largest = max(sizes, default=0)
+    size = cut(len(ordered)) if cut else -(-largest // MIN_UNIT_SIZE) * MIN_UNIT_SIZE
+    units = _Parts(spool, sizes, size if cut else None, classes.numbering())
+    return Listing(info, units, classes.names(), size, counted.extra)
+
+
+def choose_unit_size(num_samples: int) -> int:
+    """Return a power of two that makes about 64 units, within 64 and 1,024 samples."""
+    wanted = max(MIN_UNIT_SIZE, -(-num_samples // _TARGET_UNITS))
+    return min(MAX_UNIT_SIZE, 1 << (wanted - 1).bit_length())
+
+
+class _Counter:
+    """Sees every row on its way."""
+
+    def __init__(self, classes: Classes) -> None:
+        self.extra = False
+        self._classes = classes
+
+    def see(self, row: Row) -> Row:
+        self._classes.add(row.label, row.source)
+        if row.extra:
+            self.extra = True
+        return row
+
+
+class _Slices:
+    """Units that are slices of sorted rows."""
+
+    def __init__(self, rows: SortedRows, size: int, number_of: "_NumberOf") -> None:
+        self._rows = rows
+        self._size = size
+        self._number_of = number_of
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._size)
+
+    def __iter__(self) -> Iterator[PlanUnit]:
+        rows: list[PlanRow] = []
+        unit = 0
+        for record in self._rows:
+            rows.append(_plan_row(Row._make(record), self._number_of))
+            if len(rows) == self._size:
+                yield PlanUnit(unit=unit, rows=tuple(rows))
+                rows, unit = [], unit + 1
+        if rows:
+            yield PlanUnit(unit=unit, rows=tuple(rows))
+
+    def __eq__(self, other: object) -> bool:
+        return _same(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Parts:
+    """Units that are containers, or slices of them."""
+
+    def __init__(
+        self, spool: Spool, sizes: list[int], size: int | None, number_of: "_NumberOf"
+    ) -> None:
+        self._spool = spool
+        self._size = size
+        self._number_of = number_of
+        self._num_units = len(sizes) if size is None else sum(-(-n // size) for n in sizes)
+
+    def __len__(self) -> int:
+        return self._num_units
+
+    def __iter__(self) -> Iterator[PlanUnit]:
+        unit = 0
+        for container, container_bytes, records in self._spool:
+            size = self._size or max(len(records), 1)
+            # A part without rows is a unit too, unless parts are cut.
+            starts = range(0, len(records) or (self._size is None), size)
+            for start in starts:
+                rows = records[start : start + size]
+                yield PlanUnit(
+                    unit=unit,
+                    container=container,
+                    container_bytes=container_bytes,
+                    rows=tuple(_plan_row(Row._make(row), self._number_of) for row in rows),
+                )
+                unit += 1
+
+    def __eq__(self, other: object) -> bool:
+        return _same(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_NumberOf = Callable[[int | str | None], int | None]
+
+
+def _same(units: _Slices | _Parts, other: object) -> bool:
+    if not isinstance(other, _Slices | _Parts):
+        return False
+    return len(units) == len(other) and all(a == b for a, b in zip(units, other, strict=True))
+
+
+def _plan_row(row: Row, number_of: _NumberOf) -> PlanRow:
+    return PlanRow(
+        key=row.key,
+        source=row.source,
+        label=number_of(row.label),
+        extra=row.extra or {},
+        refused=row.refused,
+        span=row.span,
+    )
+
+
+def _check_unique(rows: Iterable[tuple[str, str]], location: str) -> None:
+    """Refuse two images with one key, which are neighbours once the rows are sorted."""
+    last_key = last_source = None
+    for key, source in rows:
+        if key == last_key:
+            raise SourceError(
+                f"{location}: {last_source} and {source} have the same key {key!r}. "
+                "A key joins an image to its targets; rename one of them."
+            )
+        last_key, last_source = key, source

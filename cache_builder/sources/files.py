@@ -1,7 +1,6 @@
 """Images that are files of their own: read one by one, remote ones a few at once."""
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,17 +59,15 @@ def read_row(root: str, row: PlanRow) -> bytes | ImageError:
 
 def _read_local(path: Path) -> bytes | ImageError:
     try:
-        status = path.stat()
-        # A pipe would wait for somebody to write into it.
-        if not stat.S_ISREG(status.st_mode):
-            return ImageError("it is not a file")
-        if problem := names.size_problem(status.st_size):
+        problem = names.size_problem(path.stat().st_size)
+        if problem:
             return ImageError(problem)
         with path.open("rb") as file:
-            data = file.read(names.MAX_IMAGE_BYTES + 1)
+            data = file.read(names.MAX_IMAGE_BYTES + 1)  # a device has no size and no end
     except OSError as exc:
         raise SourceError(
             f"{path} cannot be read: {exc.strerror or os.strerror(exc.errno or 0)}. It was there "
             "when the source was listed; restore it and run the same command again."
         ) from exc
-    return data
+    problem = names.size_problem(len(data))
+    return ImageError(problem) if problem else data

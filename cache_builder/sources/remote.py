@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_MAX_TRIES = 6
+_MAX_TRIES = 6  # s3fs and botocore try again by themselves before that
 _FIRST_WAIT_S = 0.25  # 8 s over all tries
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4
@@ -84,7 +84,7 @@ def read_range(url: str, offset: int, num_bytes: int) -> bytes:
         return b""
 
     def ask() -> bytes:
-        data = bytes(_filesystem(url).cat_file(url, offset, offset + num_bytes))
+        data = bytes(_filesystem(url).cat_file(url, start=offset, end=offset + num_bytes))
         if len(data) > num_bytes:
             raise OSError("the server sent more than the part that was asked for")
         return data

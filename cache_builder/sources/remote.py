@@ -255,8 +255,9 @@ def _status(exc: BaseException | None) -> int | None:
     while exc is not None:
         response = getattr(exc, "response", None)
         said = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        for status in (getattr(exc, "status", None), getattr(exc, "code", None),
-                       said.get("HTTPStatusCode")):  # fmt: skip
+        # aiohttp gives errors of the line a `code` of 400; gcsfs' is that of the answer.
+        code = getattr(exc, "code", None) if type(exc).__name__ == "HttpError" else None
+        for status in (getattr(exc, "status", None), code, said.get("HTTPStatusCode")):
             if isinstance(status, int) and 400 <= status < 600:
                 return status
         exc = exc.__cause__

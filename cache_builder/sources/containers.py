@@ -129,6 +129,11 @@ class InflatedFile:
             if not self.read(min(_BLOCK_BYTES, position - self._position)):
                 return
 
+    def seek_end(self) -> None:
+        """Go to the end, where the checksum of the content is compared."""
+        while self.read(_BLOCK_BYTES):
+            pass
+
 
 Stream = IO[bytes] | InflatedFile
 """What is read forward: `read` and `seek`."""

@@ -16,7 +16,13 @@ from cache_builder.formats.manifest import PlanRow
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources.classes import ValueClasses
 from cache_builder.sources.columns import clean_json
-from cache_builder.sources.containers import Container, inflated, open_container, streamed
+from cache_builder.sources.containers import (
+    Container,
+    InflatedFile,
+    inflated,
+    open_container,
+    streamed,
+)
 from cache_builder.sources.listing import Listing, Part, Row, list_parts
 from cache_builder.sources.names import (
     is_gzip,
@@ -109,6 +115,8 @@ def _scan_tar(location: str) -> Part:
             found.problems[extension] = problem
             if _is_text(extension) and member.num_bytes <= _MAX_TEXT_BYTES:
                 found.texts[extension] = stream.read(member.num_bytes)
+        if isinstance(stream, InflatedFile):
+            stream.seek_end()  # the checksum is there
         if num_odd:
             logger.warning("%s: %d links, devices or strange names left out", location, num_odd)
     rows = [row for key, found in samples.items() for row in _rows_of(location, key, found)]

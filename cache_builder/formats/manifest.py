@@ -66,9 +66,8 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
     num_samples: int = Field(ge=0)
 
 
-_LEFT_OUT_UNSET = frozenset(
-    {"soft", "features", "has_extra", "extra", "refused", "span", "container_bytes"}
-)
+_LEFT_OUT_UNSET = frozenset({"soft", "features", "has_extra"})
+_LEFT_OUT_OF_ROWS = ("extra", "refused", "span")
 
 
 class _LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
@@ -80,7 +79,7 @@ class _LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
         return {
             name: value
             for name, value in fields.items()
-            if name not in _LEFT_OUT_UNSET or (value is not None and value not in ("", {}, False))
+            if name not in _LEFT_OUT_UNSET or (value is not None and value is not False)
         }
 
 
@@ -132,7 +131,7 @@ class BuildPlan(BaseModel, frozen=True, extra="forbid"):
     units_sha256: str = Field(description="of the concatenated SHA-256 of every plan unit file")
 
 
-class PlanRow(_LeavesOutUnset, frozen=True, extra="forbid"):
+class PlanRow(BaseModel, frozen=True, extra="forbid"):
     """One sample to tokenise."""
 
     key: str
@@ -141,14 +140,16 @@ class PlanRow(_LeavesOutUnset, frozen=True, extra="forbid"):
         "or row of the Parquet file and the path that it gives"
     )
     label: int | None = None
-    extra: dict[str, JsonValue] = Field({}, description="further columns of the source")
+    extra: dict[str, JsonValue] = Field(
+        default_factory=dict, description="further columns of the source"
+    )
     refused: str = Field("", description="why the image is not read; empty: it is")
     span: tuple[int, int] | None = Field(
         None, description="offset and bytes of a tar member's content, or of a zip member"
     )
 
 
-class PlanUnit(_LeavesOutUnset, frozen=True, extra="forbid"):
+class PlanUnit(BaseModel, frozen=True, extra="forbid"):
     """`plan/NNNNNN.json`: one unit of work."""
 
     unit: int = Field(ge=0)
@@ -157,6 +158,18 @@ class PlanUnit(_LeavesOutUnset, frozen=True, extra="forbid"):
     )
     container_bytes: int | None = Field(None, description="its size when it was listed")
     rows: tuple[PlanRow, ...]
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset_of_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        if fields["container_bytes"] is None:
+            del fields["container_bytes"]
+        # Not by a serializer of the row: called a million times, it takes longer than the listing.
+        for row in fields["rows"]:
+            for name in _LEFT_OUT_OF_ROWS:
+                if not row[name]:
+                    del row[name]
+        return fields
 
 
 class FileDigest(BaseModel, frozen=True, extra="forbid"):

@@ -6,12 +6,13 @@ and of nothing else.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from cache_builder.errors import ImageError, SourceError
 from cache_builder.formats.manifest import PlanRow, PlanUnit, SourceInfo, SourceKind
 from cache_builder.sources.classes import Classes
-from cache_builder.sources.external_sort import SortedRows, Spool
+from cache_builder.sources.external_sort import Record, SortedRows, Spool
 from cache_builder.sources.names import base_name
 
 MIN_UNIT_SIZE = 64
@@ -169,15 +170,9 @@ class _Slices:
         return -(-len(self._rows) // self._size)
 
     def __iter__(self) -> Iterator[PlanUnit]:
-        rows: list[PlanRow] = []
-        unit = 0
-        for record in self._rows:
-            rows.append(_plan_row(Row._make(record), self._number_of))
-            if len(rows) == self._size:
-                yield PlanUnit(unit=unit, rows=tuple(rows))
-                rows, unit = [], unit + 1
-        if rows:
-            yield PlanUnit(unit=unit, rows=tuple(rows))
+        records = iter(self._rows)
+        for unit in range(len(self)):
+            yield _plan_unit(unit, islice(records, self._size), self._number_of)
 
     def __eq__(self, other: object) -> bool:
         return _same(self, other)
@@ -207,12 +202,7 @@ class _Parts:
             starts = range(0, len(records) or (self._size is None), size)
             for start in starts:
                 rows = records[start : start + size]
-                yield PlanUnit(
-                    unit=unit,
-                    container=container,
-                    container_bytes=container_bytes,
-                    rows=tuple(_plan_row(Row._make(row), self._number_of) for row in rows),
-                )
+                yield _plan_unit(unit, rows, self._number_of, container, container_bytes)
                 unit += 1
 
     def __eq__(self, other: object) -> bool:
@@ -230,14 +220,31 @@ def _same(units: _Slices | _Parts, other: object) -> bool:
     return len(units) == len(other) and all(a == b for a, b in zip(units, other, strict=True))
 
 
-def _plan_row(row: Row, number_of: _NumberOf) -> PlanRow:
-    return PlanRow(
-        key=row.key,
-        source=row.source,
-        label=number_of(row.label),
-        extra=row.extra or {},
-        refused=row.refused,
-        span=row.span,
+def _plan_unit(
+    unit: int,
+    records: Iterable[Record],
+    number_of: _NumberOf,
+    container: str = "",
+    container_bytes: int | None = None,
+) -> PlanUnit:
+    rows = []
+    for key, source, label, extra, refused, span in records:
+        row = {"key": key, "source": source, "label": number_of(label)}
+        if extra:
+            row["extra"] = extra
+        if refused:
+            row["refused"] = refused
+        if span:
+            row["span"] = span
+        rows.append(row)
+    # All rows in one call, which is faster than a row at a time.
+    return PlanUnit.model_validate(
+        {
+            "unit": unit,
+            "container": container,
+            "container_bytes": container_bytes,
+            "rows": rows,
+        }
     )
 
 

@@ -6,7 +6,7 @@ and of nothing else.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 from cache_builder.errors import ImageError, SourceError
@@ -18,6 +18,7 @@ from cache_builder.sources.names import base_name
 MIN_UNIT_SIZE = 64
 MAX_UNIT_SIZE = 1024
 _TARGET_UNITS = 64
+_CHUNK_ROWS = 1024
 
 
 class Units(Protocol):
@@ -71,7 +72,7 @@ class Part(NamedTuple):
 
     container: str
     container_bytes: int | None
-    rows: list[Row]
+    rows: Iterable[Record]  # sorted by key, as tuples in the manner of `Row`
 
 
 def list_rows(
@@ -102,7 +103,7 @@ def list_parts(
     classes: Classes,
     cut: Callable[[int], int] | None = None,
 ) -> Listing:
-    """Make units of containers, in the order of the parts; rows are sorted within each.
+    """Make units of containers, in the order of the parts.
 
     Args:
         kind: Of the source.
@@ -116,25 +117,27 @@ def list_parts(
     """
     counted = _Counter(classes)
     spool = Spool()
-    sizes, containers = [], []
+    heads: list[_Head] = []
 
-    def keys() -> Iterator[tuple[str, str, int]]:
+    def keys() -> Iterator[Record]:
         for part in parts:
-            part.rows.sort(key=lambda row: row.key)
-            records = [tuple(counted.see(row)) for row in part.rows]
-            spool.append((part.container, part.container_bytes, records))
-            sizes.append(len(records))
-            containers.append(part.container)
-            for row in part.rows:
-                yield row.key, row.source, len(sizes) - 1
+            num_rows = 0
+            records = iter(part.rows)
+            while chunk := [counted.see(record) for record in islice(records, _CHUNK_ROWS)]:
+                spool.append(chunk)
+                num_rows += len(chunk)
+                yield from ((key, source, len(heads)) for key, source, *_ in chunk)
+            heads.append(_Head(part.container, part.container_bytes, num_rows))
 
     ordered = SortedRows(keys())
-    names = ((key, f"{base_name(containers[part])}: {source}") for key, source, part in ordered)
+    names = (
+        (key, f"{base_name(heads[part].container)}: {source}") for key, source, part in ordered
+    )
     _check_unique(names, location)
     info = SourceInfo(kind=kind, location=location, num_samples=len(ordered))
-    largest = max(sizes, default=0)
+    largest = max((head.num_rows for head in heads), default=0)
     size = cut(len(ordered)) if cut else -(-largest // MIN_UNIT_SIZE) * MIN_UNIT_SIZE
-    units = _Parts(spool, sizes, size if cut else None, classes.numbering())
+    units = _Parts(spool, heads, size if cut else None, classes.numbering())
     return Listing(info, units, classes.names(), size, counted.extra)
 
 
@@ -151,11 +154,12 @@ class _Counter:
         self.extra = False
         self._classes = classes
 
-    def see(self, row: Row) -> Row:
-        self._classes.add(row.label, row.source)
-        if row.extra:
+    def see(self, record: Record) -> Record:
+        _, source, label, extra, _, _ = record
+        self._classes.add(label, source)
+        if extra:
             self.extra = True
-        return row
+        return tuple(record)
 
 
 class _Slices:
@@ -180,29 +184,39 @@ class _Slices:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _Head(NamedTuple):
+    container: str
+    container_bytes: int | None
+    num_rows: int
+
+    def starts(self, size: int | None) -> range:
+        """Return where its units start; a part without rows is a unit too, unless parts are cut."""
+        return range(0, self.num_rows, size) if size else range(1)
+
+
 class _Parts:
     """Units that are containers, or slices of them."""
 
     def __init__(
-        self, spool: Spool, sizes: list[int], size: int | None, number_of: "_NumberOf"
+        self, spool: Spool, heads: list[_Head], size: int | None, number_of: "_NumberOf"
     ) -> None:
         self._spool = spool
+        self._heads = heads
         self._size = size
         self._number_of = number_of
-        self._num_units = len(sizes) if size is None else sum(-(-n // size) for n in sizes)
+        self._num_units = sum(len(head.starts(size)) for head in heads)
 
     def __len__(self) -> int:
         return self._num_units
 
     def __iter__(self) -> Iterator[PlanUnit]:
+        records = chain.from_iterable(self._spool)
         unit = 0
-        for container, container_bytes, records in self._spool:
-            size = self._size or max(len(records), 1)
-            # A part without rows is a unit too, unless parts are cut.
-            starts = range(0, len(records) or (self._size is None), size)
-            for start in starts:
-                rows = records[start : start + size]
-                yield _plan_unit(unit, rows, self._number_of, container, container_bytes)
+        for head in self._heads:
+            for start in head.starts(self._size):
+                num_rows = min(self._size or head.num_rows, head.num_rows - start)
+                rows = islice(records, num_rows)
+                yield _plan_unit(unit, rows, self._number_of, *head[:2])
                 unit += 1
 
     def __eq__(self, other: object) -> bool:

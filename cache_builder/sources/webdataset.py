@@ -120,6 +120,7 @@ def _scan_tar(location: str) -> Part:
         if num_odd:
             logger.warning("%s: %d links, devices or strange names left out", location, num_odd)
     rows = [row for key, found in samples.items() for row in _rows_of(location, key, found)]
+    rows.sort(key=lambda row: row.key)
     return Part(location, num_bytes, rows)
 
 

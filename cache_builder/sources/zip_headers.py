@@ -24,6 +24,7 @@ _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
+_LENGTHS = struct.Struct("<3H")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT_BYTES = 0xFFFF
 _PIECE_BYTES = 1 << 20
@@ -51,23 +52,24 @@ def zip_members(zip_file: Container) -> Iterator[ZipMember]:
         SourceError: It is no zip, or cut short.
     """
     num_entries, num_bytes, start, shift = _find_directory(zip_file)
-    buffer, position, stop = b"", start, start + num_bytes
+    buffer, at, position, stop = b"", 0, start, start + num_bytes
     for _ in range(num_entries):
-        while len(buffer) < _ENTRY.size or len(buffer) < _entry_bytes(buffer):
+        while len(buffer) < at + _ENTRY.size or len(buffer) < at + _entry_bytes(buffer, at):
             piece = zip_file.read(position, min(_PIECE_BYTES, stop - position))
             if not piece:
                 raise _damaged(zip_file, "its directory is cut short")
-            buffer += piece
+            buffer, at = buffer[at:] + piece, 0
             position += len(piece)
         signature, made, _, flags, method, _, _, _, packed, size, n, m, _, _, _, mode, offset = (
-            _ENTRY.unpack_from(buffer)
+            _ENTRY.unpack_from(buffer, at)
         )
         if signature != b"PK\1\2":
             raise _damaged(zip_file, "its directory is damaged")
-        raw = buffer[_ENTRY.size : _ENTRY.size + n]
-        extra = buffer[_ENTRY.size + n : _ENTRY.size + n + m]
-        size, packed, offset = _large_values(extra, size, packed, offset)
-        buffer = buffer[_entry_bytes(buffer) :]
+        raw = buffer[at + _ENTRY.size : at + _ENTRY.size + n]
+        if m:
+            extra = buffer[at + _ENTRY.size + n : at + _ENTRY.size + n + m]
+            size, packed, offset = _large_values(extra, size, packed, offset)
+        at += _entry_bytes(buffer, at)
         name = raw.decode("utf-8", "surrogateescape") if flags & 0x800 else raw.decode("cp437")
         if not name.endswith("/"):
             yield ZipMember(
@@ -160,8 +162,8 @@ def _find_directory(zip_file: Container) -> tuple[int, int, int, int]:
     return num_entries, num_bytes, start + shift, shift
 
 
-def _entry_bytes(buffer: bytes) -> int:
-    name, extra, comment = struct.unpack_from("<3H", buffer, 28)
+def _entry_bytes(buffer: bytes, at: int) -> int:
+    name, extra, comment = _LENGTHS.unpack_from(buffer, at + 28)
     return int(_ENTRY.size + name + extra + comment)
 
 

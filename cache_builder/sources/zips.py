@@ -13,6 +13,7 @@ from cache_builder.formats.manifest import PlanRow
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources.classes import FolderClasses
 from cache_builder.sources.containers import Container, open_container
+from cache_builder.sources.external_sort import SortedRows
 from cache_builder.sources.listing import Listing, Part, Row, choose_unit_size, list_parts
 from cache_builder.sources.names import (
     base_name,
@@ -64,8 +65,7 @@ def read_member(zip_file: Container, row: PlanRow) -> bytes:
 
 def _scan_zip(location: str) -> Part:
     with open_container(location) as zip_file:
-        rows = list(_rows(zip_file))
-        return Part(location, zip_file.num_bytes, rows)
+        return Part(location, zip_file.num_bytes, SortedRows(_rows(zip_file)))
 
 
 def _rows(zip_file: Container) -> Iterator[Row]:

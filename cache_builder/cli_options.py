@@ -12,8 +12,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Images = Annotated[
     str,
     typer.Option(
-        help="A folder with a subfolder per class, a flat folder, or WebDataset tars "
-        "(`train-{000..146}.tar`)."
+        help="A folder with a subfolder per class, a flat folder; WebDataset tars "
+        "(`train-{000..146}.tar`), zips or Parquet files, or their folder; a list of paths or "
+        "URLs (.txt). On this machine, or behind s3://, gs://, https:// or any fsspec URL."
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -153,7 +153,6 @@ def open_container(
         SourceError: It cannot be read, or has another size than it had.
     """
     container = _open(location, wanted_bytes)
-    # Of a compressed tar `num_bytes` is the size of the file until it is inflated.
     if expected_bytes is not None and container.num_bytes != expected_bytes:
         raise SourceError(
             f"{location} has {container.num_bytes:,} bytes, and had {expected_bytes:,} when it was "

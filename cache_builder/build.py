@@ -272,6 +272,7 @@ def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> 
             class_names=listing.class_names,
             soft=soft_spec(codebook, options.soft_top_k, options.soft_temperature),
             features=feature_spec(codebook, options.store_features),
+            has_extra=listing.has_extra,
         )
     except ValidationError as exc:
         raise ConfigError(f"{first_problem(exc)}.") from exc

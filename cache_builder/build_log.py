@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -31,7 +31,7 @@ SUFFIX = ".log.jsonl"
 _LIBRARIES = ("torch", "ray")
 _MAX_ERROR_LENGTH = 500
 
-_Row = TypeVar("_Row")
+_Image = TypeVar("_Image", bound=tuple[Any, object])
 
 Outcome = Literal["finished", "stopped", "failed"]
 
@@ -104,11 +104,12 @@ class UnitMeter:
         self._started_s = time.monotonic()
         self._bytes_read = 0
 
-    def count(self, images: Iterable[tuple[_Row, bytes]]) -> Iterator[tuple[_Row, bytes]]:
-        """Pass images on and add up their sizes."""
-        for row, data in images:
-            self._bytes_read += len(data)
-            yield row, data
+    def count(self, images: Iterable[_Image]) -> Iterator[_Image]:
+        """Pass images on, each a row and what was read of it, and add up their sizes."""
+        for image in images:
+            data = image[1]
+            self._bytes_read += len(data) if isinstance(data, bytes) else 0
+            yield image
 
     def work(self) -> UnitWork:
         """Return what was measured until now."""

@@ -89,12 +89,12 @@ class BuildWorker:
         plan = read_model(PlanUnit, self._store, plan_unit_name(unit))
         spec = self._base.spec
         if "" in names:
-            pictures = (Picture(*pair) for pair in self._meter.count(self._source.read(plan)))
+            pictures = map(Picture._make, self._source.read(plan))
             resized = spec.images_in_cache == "resized"
             return build_unit(
                 targets,
                 unit,
-                pictures,
+                self._meter.count(pictures),
                 shrink_to=(spec.resized_short_side, spec.jpeg_quality) if resized else None,
                 decode_threads=self._task.decode_threads,
             )
@@ -102,7 +102,7 @@ class BuildWorker:
         return build_unit(
             targets,
             unit,
-            self._cached(plan, base.skipped),
+            self._meter.count(self._cached(plan, base.skipped)),
             skipped=base.skipped,
             decode_threads=self._task.decode_threads,
         )

@@ -10,8 +10,9 @@ from cache_builder.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 IMAGES = typer.Option(
-    help="A folder with a subfolder per class, a flat folder, or WebDataset tars "
-    "(`train-{000..146}.tar`)."
+    help="A folder with a subfolder per class, a flat folder; WebDataset tars "
+    "(`train-{000..146}.tar`), zips or Parquet files, or their folder; a list of paths or "
+    "URLs (.txt). On this machine, or behind s3://, gs://, https:// or any fsspec URL."
 )
 Images = Annotated[str, IMAGES]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

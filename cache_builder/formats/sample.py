@@ -2,10 +2,12 @@
 
 import functools
 import io
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from cache_builder.errors import ArtifactError, ConfigError
 from cache_builder.formats.payloads import restore_features
@@ -24,6 +26,7 @@ class CachedSample(NamedTuple):
     soft_probs: NDArray[np.float16] | None = None  # (V, rows, cols, k)
     features: NDArray[Any] | None = None  # (V, rows, cols, D) float16 or int8
     feature_scales: NDArray[np.float32] | None = None  # (V, rows, cols), of int8 features
+    extra: Mapping[str, JsonValue] = {}  # further columns of the source; the default is shared
 
     def float_features(self) -> NDArray[np.float32]:
         """Return the stored features as float32, (V, rows, cols, D).

@@ -1,7 +1,7 @@
 """The WebDataset layout: a unit of samples as one plain tar.
 
     {key}.jpg           the image, in its own format (absent with --images-in-cache none)
-    {key}.json          label, source path, height and width of the decoded picture
+    {key}.json          label, source path, height and width of the decoded picture, `extra`
     {key}.tokens.npy    (V, rows, cols[, M]) uint16 token ids
     {key}.views.npy     (V, 5) int32 boxes: top, left, height, width, hflip
     {key}.soft_ids.npy ...      optional payloads, as `payloads` lists them
@@ -316,6 +316,8 @@ def _members(new: NewSample) -> dict[str, bytes]:
     info: dict[str, Any] = {"height": height, "width": width, "source": new.source}
     if sample.label is not None:
         info["label"] = sample.label
+    if sample.extra:
+        info["extra"] = dict(sample.extra)
     image = {} if sample.image is None else {new.image_extension: sample.image}
     return {
         **image,
@@ -339,7 +341,8 @@ def _sample(key: str, members: dict[str, bytes], path: object) -> CachedSample:
         )
     images = [data for extension, data in members.items() if payload_of(extension) == "image"]
     try:
-        label = json.loads(members[INFO]).get("label")
+        info = json.loads(members[INFO])
+        label, extra = info.get("label"), info.get("extra", {})
     except (ValueError, AttributeError) as exc:
         raise ArtifactError(f"{path}: {key}.{INFO} is damaged ({exc}).") from exc
     return CachedSample(
@@ -348,6 +351,7 @@ def _sample(key: str, members: dict[str, bytes], path: object) -> CachedSample:
         label=label,
         views=from_npy(members[VIEWS], f"{path}: {key}.{VIEWS}"),
         token_ids=from_npy(members[TOKENS], f"{path}: {key}.{TOKENS}"),
+        extra=extra,
         **{
             name: from_npy(members[extension], f"{path}: {key}.{extension}")
             for extension, name in _ARRAY_OF_EXTENSION.items()

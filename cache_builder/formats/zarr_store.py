@@ -7,6 +7,7 @@
     keys, source  (n,) string
     image_spans   (n, 2) int64             start and stop of the image's bytes in images/NNNNNN
     images/NNNNNN (bytes,) uint8           the images of a unit, end to end, one uncompressed chunk
+    extra         (n,) string              JSON of further columns, where the source has any
     soft_ids ...  (n, ...)                 optional payloads, as `payloads` lists them
 
 Unit u owns the rows [u * unit_size, (u + 1) * unit_size); its samples come first, the rest is
@@ -18,15 +19,17 @@ A reader holds the token ids of a unit in memory, which are small. Soft targets 
 not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
 """
 
+import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import ShardColumns
 from cache_builder.formats.manifest import CacheSpec, FileDigest, Written
@@ -64,8 +67,8 @@ def metadata_files(spec: CacheSpec, num_units: int) -> tuple[FileDigest, ...]:
     """Return what `create_store` writes; nothing for caches of another layout."""
     if spec.layout != "zarr":
         return ()
-    files = sorted(_metadata(spec, num_units).items())
-    return tuple(FileDigest.of_content(name, data) for name, data in files)
+    metadata = sorted(_metadata(spec, num_units).items())
+    return tuple(FileDigest.of_content(name, data) for name, data in metadata)
 
 
 class RowWriter:
@@ -232,6 +235,7 @@ class ZarrShard:
             self._labels: list[int] = group["labels"][rows].tolist()
             self._keys: list[str] = group["keys"][rows].tolist()
             self._size_rows = group["sizes"], rows
+            self._extra: list[str] = group["extra"][rows].tolist() if spec.has_extra else []
             # A unit whose images were all skipped has no image file.
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
@@ -261,6 +265,7 @@ class ZarrShard:
                 for name, (payload, chunks) in self._payloads.items()
                 if payloads is None or payload in payloads
             }
+            extra = json.loads(self._extra[row] or "{}") if self._extra else {}
         except _UNREADABLE as exc:
             raise self._damaged(exc) from exc
         return CachedSample(
@@ -269,6 +274,7 @@ class ZarrShard:
             label=None if label < 0 else label,
             views=self._views[row],
             token_ids=self._tokens[row],
+            extra=extra,
             **arrays,
         )
 
@@ -344,6 +350,8 @@ def _arrays(spec: CacheSpec) -> dict[str, _Array]:
     }
     if spec.images_in_cache != "none":
         arrays["image_spans"] = _Array((2,), np.int64, 0, ("sample", "span"))
+    if spec.has_extra:
+        arrays["extra"] = _Array((), str, "", ("sample",))
     for name, payload in spec.payload_arrays.items():
         row_bytes = payload.dtype.itemsize * math.prod(payload.shape)
         arrays[name] = _Array(
@@ -369,6 +377,8 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
     if spec.images_in_cache != "none":
         stops = np.cumsum([len(new.sample.image or b"") for new in samples])
         values["image_spans"] = list(np.stack([np.concatenate([[0], stops[:-1]]), stops], 1))
+    if spec.has_extra:
+        values["extra"] = [_json_text(new.sample.extra) for new in samples]
     for name in spec.payload_arrays:
         values[name] = [getattr(new.sample, name) for new in samples]
     columns = {}
@@ -378,3 +388,7 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
         column[: len(samples)] = values[name]
         columns[name] = column
     return columns
+
+
+def _json_text(extra: Mapping[str, Any]) -> str:
+    return files.canonical_json(dict(extra)).decode() if extra else ""

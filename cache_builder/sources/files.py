@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cache_builder.errors import ImageError, SourceError
+from cache_builder.errors import ImageError, NotServedError, SourceError
 from cache_builder.formats.manifest import PlanRow, PlanUnit
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources import names, remote
@@ -49,7 +49,7 @@ def read_row(root: str, row: PlanRow) -> bytes | ImageError:
         return _read_local(Path(location))
     try:
         data, problem = remote.read_image(location)
-    except remote.NotServedError as exc:
+    except NotServedError as exc:
         # An address that a list names may be dead; what a folder listed was there.
         if names.is_remote(row.source):
             return ImageError(str(exc))

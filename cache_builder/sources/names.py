@@ -58,12 +58,12 @@ def is_list(location: str) -> bool:
 
 def base_name(location: str) -> str:
     """Return the last part of a path or URL."""
-    return location.rstrip("/").rpartition("/")[2]
+    return _without_query(location).rstrip("/").rpartition("/")[2]
 
 
 def parent(location: str) -> str:
     """Return the folder that a path or URL lies in."""
-    return location.rstrip("/").rpartition("/")[0] or "/"
+    return _without_query(location).rstrip("/").rpartition("/")[0] or "/"
 
 
 def join(folder: str, path: str) -> str:
@@ -128,7 +128,11 @@ def check_listed_name(name: str, where: str) -> None:
 
 
 def _path(location: str) -> str:
-    # A URL may carry a query, as those do that are signed.
+    return _without_query(location).lower()
+
+
+def _without_query(location: str) -> str:
+    """Return a location without what a web address carries behind its path, as signed ones do."""
     if location.startswith(("http://", "https://")):
-        location = re.split(r"[?#]", location, maxsplit=1)[0]
-    return location.lower()
+        return re.split(r"[?#]", location, maxsplit=1)[0]
+    return location

@@ -19,7 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import IO, Any, NamedTuple, TypeVar
 
-from cache_builder.errors import ConfigError, MissingDependencyError, SourceError
+from cache_builder.errors import (
+    ConfigError,
+    MissingDependencyError,
+    NotServedError,
+    SourceError,
+)
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources.names import MAX_IMAGE_BYTES, size_problem
 
@@ -37,11 +42,8 @@ _PERMANENT = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError,
     TypeError, NotImplementedError,
 )  # fmt: skip
+_HEADERS = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file
 _LOCK = threading.Lock()
-
-
-class NotServedError(SourceError):
-    """The server answered that it does not have something, or does not give it."""
 
 
 class RemoteFile(NamedTuple):
@@ -83,8 +85,11 @@ def read_range(url: str, offset: int, num_bytes: int) -> bytes:
     if not num_bytes:
         return b""
 
+    headers = {"headers": _HEADERS} if _is_http(url) else {}
+
     def ask() -> bytes:
-        data = bytes(_filesystem(url).cat_file(url, start=offset, end=offset + num_bytes))
+        stop = offset + num_bytes
+        data = bytes(_filesystem(url).cat_file(url, start=offset, end=stop, **headers))
         if len(data) > num_bytes:
             raise OSError("the server sent more than the part that was asked for")
         return data
@@ -188,7 +193,7 @@ def _copy(url: str, file: IO[bytes]) -> int:
 
 def _open_http(url: str, headers: dict[str, str] | None = None) -> Any:
     # Block size 0 streams; a size that is given is not asked for.
-    headers = {"Accept-Encoding": "identity"} | (headers or {})
+    headers = _HEADERS | (headers or {})
     return _filesystem(url).open(url, "rb", block_size=0, size=1, headers=headers)
 
 

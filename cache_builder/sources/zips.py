@@ -73,8 +73,9 @@ def _rows(zip_file: Container) -> Iterator[Row]:
     for member in zip_members(zip_file):
         path = member.name.removeprefix("./")
         base = base_name(path)
-        # What macOS adds to the archives that it writes.
-        if is_hidden(base) or not is_image(base) or path.startswith("__MACOSX/"):
+        hidden = any(is_hidden(part) and part != ".." for part in path.split("/"))
+        # The last is what macOS adds to the archives that it writes.
+        if hidden or not is_image(base) or path.startswith("__MACOSX/"):
             num_ignored += 1
             continue
         problem = _problem(member)

@@ -3,7 +3,7 @@
 import pytest
 
 from cache_builder.errors import ConfigError, SourceError
-from cache_builder.sources import open_source
+from cache_builder.sources import names, open_source
 from tests import factories
 from tests.listings import folder, listed
 
@@ -28,3 +28,15 @@ def test_the_listing_does_not_depend_on_the_working_folder(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
             assert listed(name) == absolute
+
+
+def test_a_file_url_is_a_path(tmp_path):
+    folder(tmp_path, "a.jpg")
+    assert listed(f"file://{tmp_path}") == listed(tmp_path)
+
+
+def test_a_signed_address_is_known_by_its_path():
+    for name in ("t.tar?token=a/b.zip", "t.TGZ#x", "t.txt?x=1"):
+        open_source(f"https://host/{name}")
+    assert names.base_name("https://host/a/t.parquet?token=a/b.zip") == "t.parquet"
+    assert names.parent("https://host/a/t.txt?token=a/b.zip") == "https://host/a"

@@ -23,7 +23,7 @@ def test_folders_in_a_zip_are_classes(tmp_path):
     path = write_zip(
         tmp_path / "t.zip",
         {"dog/2.jpg": b"2", "cat/": b"", "cat/b.PNG": b"b", "cat/x.txt": b"no",
-         "cat/.h.jpg": b"no", "__MACOSX/cat/b.jpg": b"no"},
+         "cat/.h.jpg": b"no", ".git/x.jpg": b"no", "__MACOSX/cat/b.jpg": b"no"},
     )  # fmt: skip
     listing = listed(path)
     assert [(row.key, row.source, row.label) for row in rows_of(listing)] == [

@@ -11,9 +11,9 @@ cropper too, so only what is around them differs. With their own, decode and cro
 cost them 6.5 ms per image more at four views, and the usual nearest centroid by a matrix product
 fifteen times the CPU (bench_kmeans.py).
 
-CPU time is that of all processes of a command, Ray's included. Start-up is the same command with
-one image; "after start-up" is the difference. A command is killed (SIGKILL, all of its processes)
-in the middle of the time that its images take.
+CPU time is that of all processes of a command, Ray's included. "Once it runs" leaves out the start:
+it is counted from the moment at which a sixth of the images was done. A command is killed (SIGKILL,
+all of its processes) when half of its images are done.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from cache_builder import build, files, imaging
 from cache_builder.formats import manifest, shards, views, zarr_store
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.manifest import read_model
 from cache_builder.formats.views import View, draw_views
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.kmeans import fit_centroids
@@ -75,18 +76,34 @@ class Measured(NamedTuple):
     """One route over the same images."""
 
     cost: Cost
-    start: Cost
-    num_images: int
+    finished: list[float]  # when every image was done, in order, as time.time()
+
+    @property
+    def num_images(self) -> int:
+        """Of the source."""
+        return len(self.finished)
 
     @property
     def rate(self) -> float:
-        """Images per second after start-up."""
-        return self.num_images / max(1e-9, self.cost.seconds - self.start.seconds)
+        """Images per second, once it runs."""
+        start, stop, number = self._steady()
+        return number / (stop - start) if number else float("nan")  # all was written at once
 
     @property
     def cpu_ms(self) -> float:
-        """CPU milliseconds per image after start-up."""
-        return (self.cost.cpu_s - self.start.cpu_s) / self.num_images * 1e3
+        """CPU milliseconds per image, once it runs."""
+        start, stop, number = self._steady()
+        return self.cost.cpu_between(start, stop) / number * 1e3 if number else float("nan")
+
+    @property
+    def half_way_s(self) -> float:
+        """Seconds until half of the images were done."""
+        return self.finished[self.num_images // 2] - self.cost.started
+
+    def _steady(self) -> tuple[float, float, int]:
+        """Return the time from the first sixth of the images to the last, and how many that are."""
+        start, stop = self.finished[self.num_images // 6], self.finished[-1]
+        return start, stop, sum(moment > start for moment in self.finished)
 
 
 def main() -> None:
@@ -130,8 +147,8 @@ def peer_table(images: Path, settings: Settings, work: Path) -> tuple[Table, Mea
     """Run every route: undisturbed, again, and again after a kill."""
     num_images = len(list(images.iterdir()))
     table = Table(title=f"Building a cache of {num_images:,} images, {NUM_VIEWS} views each")
-    for name in ("route", "s", "start-up s", "images/s", "after start-up", "CPU ms per image",
-                 "after start-up", "MB", "MB on disk", "files", "again, finished, s",
+    for name in ("route", "s", "images/s", "once it runs", "CPU ms per image", "once it runs",
+                 "MB", "MB on disk", "files", "again, finished, s",
                  "again, killed half-way, s"):  # fmt: skip
         table.add_column(name, justify="left" if name == "route" else "right")
     to_tars = build_command(settings, "webdataset", "none")
@@ -144,53 +161,50 @@ def peer_table(images: Path, settings: Settings, work: Path) -> tuple[Table, Mea
     if importlib.util.find_spec("pandas") is None:
         del routes["Ray Data map_batches, parquet"]
         table.caption = "Ray Data is left out: it needs pandas. Run: pip install pandas"
+    reference = work / "build, webdataset"
     found: dict[str, Measured] = {}
     for name, command in routes.items():
         out = work / name
-        # Both layouts start in the same way.
-        start = found["build, webdataset"].start if name == "build, zarr" else None
-        found[name] = measured = measure(command, images, out, work, start)
-        cost = measured.cost
-        finished = process_tree.run(command(images, out), env=ENV)
-        check_same_ids(out, work / "build, webdataset")
-        resumed = None if name == "build, zarr" else resume(command, images, measured, work)
+        found[name] = measured = measure(command, images, out)
+        again = process_tree.run(command(images, out), env=ENV)
+        check_same_ids(out, reference)
+        killed = work / "killed"
+        process_tree.run(command(images, killed), kill_after_s=measured.half_way_s, env=ENV)
+        resumed = process_tree.run(command(images, killed), env=ENV)
+        check_same_ids(killed, reference)
+        shutil.rmtree(killed)
         content, allocated, num_files = process_tree.disk_use(out)
+        cost = measured.cost
         row = (
-            name, f"{cost.seconds:.1f}", f"{measured.start.seconds:.1f}",
-            f"{num_images / cost.seconds:.0f}", f"{measured.rate:.0f}",
+            name, f"{cost.seconds:.1f}", f"{num_images / cost.seconds:.0f}", f"{measured.rate:.0f}",
             f"{cost.cpu_s / num_images * 1e3:.1f}", f"{measured.cpu_ms:.1f}",
             f"{content / 1e6:.1f}", f"{allocated / 1e6:.1f}", f"{num_files:,}",
-            f"{finished.seconds:.1f}", f"{resumed.seconds:.1f}" if resumed else "",
+            f"{again.seconds:.1f}", f"{resumed.seconds:.1f}",
         )  # fmt: skip
         print(" | ".join(row), file=sys.stderr)  # what is known if the rest is not waited for
         table.add_row(*row)
     return table, found["build, webdataset"]
 
 
-def measure(
-    command: Command, images: Path, out: Path, work: Path, start: Cost | None = None
-) -> Measured:
-    """Run a command with one image, unless its start-up is known, and then with all of them."""
-    if start is None:
-        one = work / "one-image"
-        first = min(images.iterdir())
-        factories.write_folder(one, {first.name: first.read_bytes()})
-        start = process_tree.run(command(one, work / "start"), env=ENV)
-        shutil.rmtree(work / "start")
+def measure(command: Command, images: Path, out: Path) -> Measured:
+    """Run a command to its end."""
     cost = process_tree.run(command(images, out), env=ENV)
-    return Measured(cost, start, len(list(images.iterdir())))
+    return Measured(cost, finished_at(out))
 
 
-def resume(command: Command, images: Path, undisturbed: Measured, work: Path) -> Cost:
-    """Kill a command half-way, run it again, and check what it leaves."""
-    out = work / "killed"
-    cost, start = undisturbed.cost, undisturbed.start
-    half_way = (cost.seconds + start.seconds) / 2
-    process_tree.run(command(images, out), kill_after_s=half_way, env=ENV)
-    resumed = process_tree.run(command(images, out), env=ENV)
-    check_same_ids(out, work / "build, webdataset")
-    shutil.rmtree(out)
-    return resumed
+def finished_at(out: Path) -> list[float]:
+    """Return when every image of an output was done: the times of the files that say so."""
+    if (out / "units").is_dir():
+        records = [*(out / "units").iterdir()]
+        counts = [read_model(manifest.UnitRecord, path).num_samples for path in records]
+    elif (out / "tokens").is_dir():
+        records = [*(out / "tokens").iterdir()]
+        counts = [1] * len(records)
+    else:
+        records = [*out.glob("*.parquet")]
+        counts = [build_peers.num_rows(path) for path in records]
+    moments = [path.stat().st_mtime for path in records]
+    return sorted(m for m, count in zip(moments, counts, strict=True) for _ in range(count))
 
 
 def build_command(settings: Settings, layout: str, kept: str, *more: str) -> Command:
@@ -280,7 +294,7 @@ def add_limits(
         unit = 64 if num_images >= 64 * 2 * settings.num_processes else 16
         command = build_command(settings, "webdataset", "none", "--unit-size", str(unit))
         out = work / "of-limits"
-        of_build = measure(command, images, out, work)
+        of_build = measure(command, images, out)
         shutil.rmtree(out)
     limits = run_limits(images, settings)
     rates = [num_images / max(share.seconds for share in limits[kind]) for kind in LIMITS]

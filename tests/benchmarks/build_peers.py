@@ -169,6 +169,13 @@ def read_parquet(out: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def num_rows(file: Path) -> int:
+    """Return the number of images in a file of Ray Data."""
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(file).num_rows)
+
+
 def view_spec(tokenizer: PatchTokenizer, num_views: int) -> ViewSpec:
     """Return the views that `patchcache build` draws by default."""
     rule = tokenizer.pixel_rule

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 _SET_CHILD_SUBREAPER = 36
 _SAMPLE_S = 0.1
 _GRACE_S = 15.0
@@ -27,7 +29,14 @@ class Cost(NamedTuple):
 
     seconds: float  # until the command itself ended
     cpu_s: float  # user and system time of all of its processes
-    output: str
+    started: float  # time.time()
+    samples: list[tuple[float, float]]  # time.time(), and the CPU seconds up to then
+
+    def cpu_between(self, start: float, stop: float) -> float:
+        """Return the CPU seconds between two moments of `time.time()`."""
+        times, used = zip(*self.samples, strict=True)
+        before, after = np.interp([start, stop], times, used)
+        return float(after - before)
 
 
 def run(
@@ -44,7 +53,8 @@ def run(
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     others = frozenset(_children().get(os.getpid(), ()))
     used: dict[tuple[int, int], float] = {}
-    start = time.perf_counter()
+    start, started = time.perf_counter(), time.time()
+    samples = [(started, 0.0)]
     # A file, not a pipe: daemons may hold the other end for longer than the command lives.
     with tempfile.TemporaryFile() as log:
         main = subprocess.Popen(
@@ -53,6 +63,7 @@ def run(
         killed = False
         while main.poll() is None:
             _sample(used, others)
+            samples.append((time.time(), sum(used.values())))
             if kill_after_s is not None and time.perf_counter() - start > kill_after_s:
                 _kill_all(others)
                 killed = True
@@ -63,7 +74,7 @@ def run(
         output = log.read().decode(errors="replace")
     if main.returncode and not killed:
         raise RuntimeError(f"{command} ended with {main.returncode}:\n{output[-3000:]}")
-    return Cost(seconds, sum(used.values()), output)
+    return Cost(seconds, sum(used.values()), started, samples)
 
 
 def disk_use(folder: Path) -> tuple[int, int, int]:

@@ -65,6 +65,8 @@ def settle_plan(
     is_there = store.exists(PLAN_NAME)
     if is_there:
         _refuse_other_plan(store.location, read_model(BuildPlan, store, PLAN_NAME), plan)
+        # What killed writers left may be all that fills a disk.
+        store.sweep()
     else:
         _refuse_foreign_folder(store)
     for unit, digest in zip(units, digests, strict=True):

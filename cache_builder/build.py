@@ -129,6 +129,25 @@ def build_targets(
         reports.append(report)
         if progress:
             progress(report, plan.spec.source.num_samples)
+    manifest = write_manifests(store, plan, task, reports)
+    return BuildSummary(
+        manifest=manifest,
+        num_units_kept=sum(report.was_there for report in reports),
+        num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
+    )
+
+
+def write_manifests(
+    store: Store, plan: BuildPlan, task: BuildTask, reports: list[UnitReport]
+) -> CacheManifest:
+    """Write the manifests of what is built, the cache's last; return that.
+
+    Args:
+        store: Of the cache.
+        plan: Of the cache.
+        task: What was built.
+        reports: Of every unit, in any order.
+    """
     layers = {layer.name: layer for layer in finished_layers(store)}
     for number, name in enumerate(task.names):
         if name:
@@ -143,14 +162,8 @@ def build_targets(
     if "" in task.names:
         place = task.names.index("")
         summaries = (report.summaries[place] for report in reports)
-        manifest = write_manifest(store, plan, summaries, ordered)
-    else:
-        manifest = publish_layers(store, ordered)
-    return BuildSummary(
-        manifest=manifest,
-        num_units_kept=sum(report.was_there for report in reports),
-        num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
-    )
+        return write_manifest(store, plan, summaries, ordered)
+    return publish_layers(store, ordered)
 
 
 def finished_layers(store: Store) -> tuple[LayerInfo, ...]:

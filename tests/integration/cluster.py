@@ -47,7 +47,7 @@ class Raylets:
         self._cluster.add_node(wait=False, num_cpus=1)
 
     def workers(self) -> list[int]:
-        """Return the processes of actors; of processes without one where there is none."""
+        """Return the processes of actors; others that are starting where there is none."""
         found: dict[int, str] = {}
         for node in self._cluster.list_all_nodes():
             for raylet in node.all_processes.get("raylet", []):
@@ -121,12 +121,8 @@ def disturb(
                 del waiting[0]
                 happened.append(moment)
                 if moment.kind == "worker":
-                    for worker in raylets.workers()[:8]:
-                        if rng.random() < 0.5:
-                            builds.end(worker)
-                            break
-                    else:
-                        builds.end((raylets.workers() or [0])[0])
+                    for worker in raylets.workers()[rng.randrange(2) :][:1]:
+                        builds.end(worker)
                 elif moment.kind == "raylet":
                     raylets.replace_one(rng)
                 elif moment.kind == "driver":

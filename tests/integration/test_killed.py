@@ -2,13 +2,9 @@
 
 import os
 import random
-import re
-import subprocess
-import uuid
 
 import pytest
 
-from cache_builder.stores import open_store
 from tests.integration import builds, cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -141,7 +141,7 @@ def build_targets(
             log.unit_done(report)
             if progress:
                 progress(report, plan.spec.source.num_samples)
-        manifest = _publish(store, plan, task, reports)
+        manifest = write_manifests(store, plan, task, reports)
     return BuildSummary(
         manifest=manifest,
         num_units_kept=sum(report.was_there for report in reports),
@@ -156,10 +156,17 @@ def _num_views(store: Store, names: Sequence[str]) -> int:
     return sum(plan.spec.view_spec.num_views for plan in plans)
 
 
-def _publish(
+def write_manifests(
     store: Store, plan: BuildPlan, task: BuildTask, reports: Sequence[UnitReport]
 ) -> CacheManifest:
-    """Write the manifests of what was built, the cache's last."""
+    """Write the manifests of what is built, the cache's last; return that.
+
+    Args:
+        store: Of the cache.
+        plan: Of the cache.
+        task: What was built.
+        reports: Of every unit, in any order.
+    """
     layers = {layer.name: layer for layer in finished_layers(store)}
     for number, name in enumerate(task.names):
         if name:

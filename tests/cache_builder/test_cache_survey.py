@@ -82,7 +82,7 @@ def build_two(tmp_path, base, further, **settings):
     task = BuildTask(str(options.out), ("", layer.name), options.images, "cpu")
     worker = BuildWorker(task)
     reports = [worker.run(unit) for unit in range(plan.num_units)]
-    build_job._publish(store, plan, task, reports)
+    build_job.write_manifests(store, plan, task, reports)
     return options.out, other.fingerprint
 
 

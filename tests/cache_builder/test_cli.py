@@ -79,7 +79,8 @@ def test_wrong_usage_exits_with_2(patchcache, words):
         ),
         (
             "build --images nowhere --codebook codebook.safetensors --out new",
-            "patchcache build: nowhere is not there. Pass a folder of images, or tars.",
+            "patchcache build: nowhere is not there. Pass a folder of images, or tars, "
+            "zips, Parquet files or a list.",
         ),
         (
             "build --images images --codebook codebook.safetensors --out new --scale 1",

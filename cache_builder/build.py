@@ -7,6 +7,7 @@ a fixed name and fixed bytes: a build that was killed is continued by the same c
 with the same cache.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -94,8 +95,12 @@ class UnitReport(NamedTuple):
     unit: int
     num_samples: int
     num_skipped: int
-    bytes: int
+    num_views: int
+    bytes: int  # written
+    bytes_read: int  # from the source, by this run
     was_there: bool  # finished by an earlier run and found undamaged
+    node: str = ""  # where it was done
+    seconds: float = 0  # how long it took there
 
 
 class BuildSummary(NamedTuple):
@@ -130,16 +135,41 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
         options.weights,
     )
     reports = []
-    for report in map_units(worker, range(plan.num_units), options.cluster):
-        reports.append(report)
-        if progress:
-            progress(report, spec.source.num_samples)
+    units = map_units(
+        worker,
+        range(plan.num_units),
+        options.cluster,
+        job="build",
+        describe=partial(_unit_name, options.out),
+        count=_counts,
+    )
+    with contextlib.closing(units):
+        for result, node, seconds in units:
+            reports.append(result._replace(node=node, seconds=seconds))
+            if progress:
+                progress(reports[-1], spec.source.num_samples)
     manifest = _finish(options.out, plan)
     return BuildSummary(
         manifest=manifest,
         num_units_kept=sum(report.was_there for report in reports),
         num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
     )
+
+
+def _unit_name(out: Path, unit: int) -> str:
+    return f"unit {unit}, whose images {plan_unit_path(out, unit)} lists"
+
+
+def _counts(report: UnitReport) -> dict[str, float]:
+    """Return what a unit adds to the metrics of the cluster."""
+    if report.was_there:
+        return {"units_kept": 1}
+    return {
+        "images": report.num_samples,
+        "views": report.num_views,
+        "bytes_read": report.bytes_read,
+        "skipped": report.num_skipped,
+    }
 
 
 class BuildWorker:
@@ -160,18 +190,30 @@ class BuildWorker:
         if path.is_file():
             record = self._whole_record(path)
             if record is not None:
-                return _report(record, was_there=True)
+                return self._report(record)
             logger.warning("unit %d is damaged and is built again", unit)
             path.unlink()
         plan_unit = read_model(PlanUnit, plan_unit_path(self._cache_dir, unit))
-        images = self._source.read(plan_unit)
+        images = _Counted(self._source.read(plan_unit))
         record = build_unit(self._cache_dir, self._plan.spec, unit, images, self._tokenizer)
         try:
             files.publish_new(path, to_json(record))
         except FileExistsError:
             # Another attempt at this unit lived on and was faster; the bytes are the same.
             record = read_model(UnitRecord, path)
-        return _report(record, was_there=False)
+        return self._report(record, images.num_bytes)
+
+    def _report(self, record: UnitRecord, bytes_read: int | None = None) -> UnitReport:
+        """Describe a unit; of one that was there, nothing was read."""
+        return UnitReport(
+            unit=record.unit,
+            num_samples=record.num_samples,
+            num_skipped=len(record.skipped),
+            num_views=record.num_samples * self._plan.spec.view_spec.num_views,
+            bytes=sum(file.bytes for file in record.files),
+            bytes_read=bytes_read or 0,
+            was_there=bytes_read is None,
+        )
 
     def _whole_record(self, path: Path) -> UnitRecord | None:
         """Return a commit record if it and the files that it names are undamaged."""
@@ -180,6 +222,19 @@ class BuildWorker:
         except ArtifactError:
             return None
         return None if any(file.damage(self._cache_dir) for file in record.files) else record
+
+
+class _Counted(Iterator[tuple[PlanRow, bytes]]):
+    """Images of a source, their bytes counted."""
+
+    def __init__(self, images: Iterator[tuple[PlanRow, bytes]]) -> None:
+        self._images = images
+        self.num_bytes = 0
+
+    def __next__(self) -> tuple[PlanRow, bytes]:
+        row, data = next(self._images)
+        self.num_bytes += len(data)
+        return row, data
 
 
 def build_unit(
@@ -359,13 +414,3 @@ def _finish(out: Path, plan: BuildPlan) -> CacheManifest:
     )
     files.publish(out / MANIFEST_NAME, to_json(manifest))
     return manifest
-
-
-def _report(record: UnitRecord, *, was_there: bool) -> UnitReport:
-    return UnitReport(
-        unit=record.unit,
-        num_samples=record.num_samples,
-        num_skipped=len(record.skipped),
-        bytes=sum(file.bytes for file in record.files),
-        was_there=was_there,
-    )

@@ -16,6 +16,7 @@ import typer
 from cache_builder import __version__
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
+    CpusPerWorker,
     Device,
     GpusPerWorker,
     Images,
@@ -125,6 +126,7 @@ def fit(
     ray_address: RayAddress = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0,
+    cpus_per_worker: CpusPerWorker = 1,
     fit_workers: Annotated[
         int | None, typer.Option(min=1, help="Spread k-means over so many Ray actors.")
     ] = None,
@@ -136,7 +138,7 @@ def fit(
     """
     from cache_builder import fit as job
     from cache_builder.console import FitProgress, fit_lines
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
     from cache_builder.tokenizers.features import FeatureOptions
 
     if weights == "random" and seed is None:
@@ -171,7 +173,7 @@ def fit(
                 warm_start=warm_start,
                 seed=seed or 0,
                 device=device,
-                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+                cluster=ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker),
                 fit_workers=fit_workers,
             ),
             job.Progress(progress.sampled, progress.iterated),
@@ -225,6 +227,7 @@ def build(
     ray_address: RayAddress = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0,
+    cpus_per_worker: CpusPerWorker = 1,
     as_json: Json = False,
 ) -> None:
     """Tokenise every image into a cache; the same command continues a build that was stopped.
@@ -233,9 +236,9 @@ def build(
     """
     from cache_builder import build as job
     from cache_builder.console import BuildProgress, build_lines, build_result
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
 
-    with BuildProgress(views) as progress:
+    with BuildProgress() as progress:
         summary = job.run(
             job.BuildOptions(
                 images=images,
@@ -256,7 +259,7 @@ def build(
                 store_features=store_features,
                 device=device,
                 weights=weights,
-                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+                cluster=ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker),
             ),
             progress.unit_done,
         )

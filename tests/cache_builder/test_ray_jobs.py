@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from cache_builder.errors import ConfigError, SourceError, WorkerLostError
-from cache_builder.ray_jobs import ClusterOptions, actor_group, map_units
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_groups import actor_group
+from cache_builder.ray_jobs import map_units
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ONE = ClusterOptions(num_workers=1)
@@ -64,9 +66,10 @@ def test_a_generator_of_units_is_done_completely_and_not_faster_than_the_work():
 
     results = []
     # Three workers on two CPUs: a machine may have fewer CPUs than there are GPUs to feed.
-    for result in map_units(TellsWhoItIs, units(), ClusterOptions(num_workers=3)):
-        results.append(result)
-        assert len(taken) <= len(results) + 2 * 3  # two units in flight for each worker
+    for finished in map_units(TellsWhoItIs, units(), ClusterOptions(num_workers=3)):
+        results.append(finished.result)
+        # Two units in flight for each worker, and one that waits.
+        assert len(taken) <= len(results) + 3 * 3
     assert sorted(unit for unit, _, _ in results) == list(range(40))
     assert {threads for _, _, threads in results} == {1}
 
@@ -92,14 +95,14 @@ def test_a_bug_keeps_its_traceback_and_the_next_job_works():
     with pytest.raises(ZeroDivisionError, match=r"in run"):
         list(map_units(partial(Fails, ZeroDivisionError("a bug")), range(5), ONE))
     results = map_units(TellsWhoItIs, range(5), ONE)
-    assert next(results)[0] == 0
+    assert next(results).result[0] == 0
     results.close()  # a caller may stop in the middle
 
 
 def test_a_worker_that_dies_is_restarted_and_nothing_is_lost(tmp_path):
     results = list(map_units(partial(DiesOnce, str(tmp_path)), range(10), ONE))
     assert (tmp_path / "died").exists()
-    assert sorted(results) == list(range(10))
+    assert sorted(finished.result for finished in results) == list(range(10))
     assert {path.stem for path in tmp_path.glob("*.done")} == {str(unit) for unit in range(10)}
 
 

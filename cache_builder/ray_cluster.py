@@ -7,6 +7,7 @@ line of ours, before Ray's own patience runs out and takes the process down.
 """
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ from cache_builder.errors import (
     PatchCacheError,
     WorkerLostError,
 )
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _SECONDS_BETWEEN_CHECKS = 2.0  # of whether the head node answers
@@ -133,6 +136,15 @@ class Cluster:
         self._answered_s = now_s
 
 
+class _ToLog(io.TextIOBase):
+    """Where Ray's messages go: it prints them on stdout, which is for results."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.debug("%s", text.rstrip())
+        return len(text)
+
+
 class Meters:
     """What a job counts, on the metrics page of every node and in Ray's dashboard."""
 
@@ -206,7 +218,7 @@ def connect(options: ClusterOptions) -> Iterator[Cluster]:
     else:
         package = Path(__file__).parent
         settings |= {"address": address, "runtime_env": {"py_modules": [str(package)]}}
-    with _sigterm_exits() as install:
+    with _sigterm_exits() as install, contextlib.redirect_stdout(_ToLog()):
         try:
             ray.init(**settings)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as exc:

@@ -12,6 +12,7 @@ death of its actor. A unit that has used them up ends the job, after all the oth
 
 import contextlib
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -323,7 +324,8 @@ class _Pool(Generic[_U, _R]):
 
     def _fatal_message(self) -> str:
         named = "; ".join(
-            f"{self._describe(unit)} ({reason})" for unit, reason in self._fatal[:_MAX_NAMED]
+            f"{self._describe(unit)} ({reason.removesuffix('.')})"
+            for unit, reason in self._fatal[:_MAX_NAMED]
         )
         more = f" and {len(self._fatal) - _MAX_NAMED} more" if len(self._fatal) > _MAX_NAMED else ""
         return (
@@ -407,8 +409,8 @@ class _Actor:
 
 
 def _reason(exc: Exception) -> str:
-    """Return what Ray says about a loss as one short line."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    said = next((line for line in lines if "because" in line or "cause" in line.lower()), "")
-    said = said or (lines[0] if lines else type(exc).__name__)
-    return said if said.endswith(".") else f"{said}."
+    """Return the first sentence of what Ray says about a loss."""
+    text = " ".join(str(exc).split())
+    found = re.search(r"The actor is dead because .*|The actor died because of .*", text)
+    sentence, _, _ = (found[0] if found else text).partition(". ")
+    return (sentence.strip() or type(exc).__name__).removesuffix(".") + "."

@@ -1,25 +1,100 @@
 """Commands on a Ray cluster of several raylets do what they do on one machine."""
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 
+from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+BIN = Path(sys.executable).parent
+DRIVER = Path(__file__).with_name("ray_driver.py")
 
 
 @pytest.fixture(scope="module")
-def cluster_address():
-    """Three raylets of one CPU each, as on three machines."""
+def cluster():
+    """Three raylets of one CPU each, as on three machines, with a dashboard that takes jobs."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "_system_config": {
+                "metrics_report_interval_ms": 1000,
+                "health_check_initial_delay_ms": 0,
+                "health_check_period_ms": 500,
+                "health_check_failure_threshold": 4,
+            },
+        },
+    )
     for _ in range(2):
         cluster.add_node(num_cpus=1)
-    yield cluster.address
+    yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster_address(cluster):
+    return cluster.address
+
+
+class Job:
+    """`ray_driver` as a process, and what it has said so far."""
+
+    def __init__(self, address, **settings):
+        self.process = subprocess.Popen(
+            [sys.executable, DRIVER, address, json.dumps(settings)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.finished, self.err = [], []
+        self._threads = [
+            threading.Thread(target=self._read, args=(self.process.stdout, self._take)),
+            threading.Thread(target=self._read, args=(self.process.stderr, self.err.append)),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, stream, take):
+        with stream:
+            for line in stream:
+                take(line)
+
+    def _take(self, line):
+        self.finished.append(json.loads(line))
+
+    def wait_until(self, condition, timeout_s=60):
+        started_s = time.monotonic()
+        while not condition():
+            assert self.process.poll() is None, self.err
+            assert time.monotonic() - started_s < timeout_s, (self.finished, self.err)
+            time.sleep(0.05)
+
+    def end(self, timeout_s=120):
+        """Wait for the end; return the exit status and what was said on stderr."""
+        status = self.process.wait(timeout_s)
+        for thread in self._threads:
+            thread.join()
+        return status, "".join(self.err)
+
+    @property
+    def nodes(self):
+        return {line["node"] for line in self.finished}
+
+    @property
+    def units(self):
+        return sorted(line["unit"] for line in self.finished)
 
 
 def patchcache(*words):
@@ -43,3 +118,141 @@ def test_a_fit_spread_over_raylets_gives_the_bytes_of_a_fit_on_one_machine(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "many.safetensors", "one.safetensors", "photos",
     ]  # fmt: skip
+
+
+def test_nodes_get_the_package_with_its_kernels_and_each_warning_is_told_once(cluster_address):
+    job = Job(cluster_address, num_units=12)
+    status, err = job.end()
+    assert status == 0, err
+    assert job.units == list(range(12))
+    assert len(job.nodes) == 3
+    packages = {line["package"] for line in job.finished}
+    assert all("py_modules_files" in package for package in packages), packages
+    if LIBRARY.is_file():
+        assert all(line["has_kernels"] for line in job.finished)
+    assert sorted(err.splitlines()) == sorted(f"skipped image of unit {i}" for i in range(12))
+
+
+def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewhere(cluster):
+    # Five workers for three CPUs: two of them are pending, and hold up nothing.
+    job = Job(cluster.address, num_units=60, seconds=0.5, workers=5)
+    try:
+        job.wait_until(lambda: len(job.nodes) == 3)
+        before = job.nodes
+        added = cluster.add_node(num_cpus=1)
+        job.wait_until(lambda: job.nodes - before)
+        cluster.remove_node(added, allow_graceful=False)
+        status, err = job.end()
+    finally:
+        job.process.kill()
+    assert status == 0, err
+    assert job.units == list(range(60))
+    assert "a worker was lost at unit" in err
+
+
+def test_a_unit_that_kills_its_workers_is_named_when_all_the_others_are_done(cluster_address):
+    job = Job(cluster_address, num_units=10, poison=[4])
+    status, err = job.end()
+    assert status == 1
+    assert job.units == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    last = err.splitlines()[-1]
+    assert "Killed its worker 4 times and was given up: unit 4 (The actor is dead" in last
+    assert "Everything else is done and kept" in last
+    assert "try 4 of 4" in err
+
+
+def test_a_worker_that_is_killed_costs_its_unit_one_try(cluster_address):
+    job = Job(cluster_address, num_units=20, seconds=0.3)
+    job.wait_until(lambda: len(job.finished) > 2)
+    os.kill(job.finished[-1]["pid"], signal.SIGKILL)
+    status, err = job.end()
+    assert status == 0, err
+    assert job.units == list(range(20))
+    assert err.count("a worker was lost at unit") == 1
+    assert "try 1 of 4" in err
+
+
+def test_there_are_never_more_workers_than_units(cluster_address):
+    job = Job(cluster_address, num_units=2, workers=100)
+    status, err = job.end()
+    assert (status, job.units) == (0, [0, 1]), err
+    assert len({line["pid"] for line in job.finished}) == 2
+
+
+def metrics_of(cluster):
+    """Return the metrics pages of all nodes as one text, which is what Prometheus reads."""
+    from ray._raylet import GcsClient
+
+    nodes = GcsClient(address=cluster.address).get_all_node_info().values()
+    pages = []
+    for node in nodes:
+        if node.state == 0:
+            url = f"http://{node.node_manager_address}:{node.metrics_export_port}/metrics"
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                pages.append(answer.read().decode())
+    return "\n".join(pages)
+
+
+def test_what_workers_count_is_on_the_metrics_page_of_their_nodes(cluster):
+    job = Job(cluster.address, num_units=1000, seconds=0.1)
+    try:
+        job.wait_until(lambda: len(job.finished) > 5)
+        node = job.finished[0]["node"]
+        wanted = [
+            ("ray_patchcache_images_total{", f'job="waiting",node="{node}"'),
+            ("ray_patchcache_unit_seconds_bucket{", f'job="waiting",node="{node}"'),
+            ("ray_patchcache_workers{", 'job="waiting"'),
+        ]
+
+        def is_shown():
+            lines = metrics_of(cluster).splitlines()
+            return all(
+                any(line.startswith(name) and tags in line for line in lines)
+                for name, tags in wanted
+            )
+
+        job.wait_until(is_shown, timeout_s=30)
+    finally:
+        job.process.terminate()
+        job.end()
+
+
+def test_a_command_that_is_sent_with_ray_job_submit_builds_a_whole_cache(
+    tmp_path, codebook_path, cluster
+):
+    # The job knows its cluster from RAY_ADDRESS, which Ray sets for it, or from `auto`.
+    folder = tmp_path / "sent"
+    factories.write_folder(folder / "photos", factories.photo_images(12))
+    shutil.copy(codebook_path, folder)
+    for out, address in (("named", ["--ray-address", "auto"]), ("not_named", [])):
+        done = subprocess.run(
+            [
+                BIN / "ray", "job", "submit", "--address", f"http://{cluster.head_node.webui_url}",
+                "--working-dir", ".", "--", BIN / "patchcache", "build", "--images", "photos",
+                "--codebook", codebook_path.name, "--out", tmp_path / out, "--unit-size", "3",
+                *address,
+            ],
+            cwd=folder, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "images       12, 1 views each" in done.stdout
+    assert factories.contents(tmp_path / "named") == factories.contents(tmp_path / "not_named")
+
+
+def test_a_head_node_that_is_gone_is_one_line():
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    job = Job(cluster.address, num_units=1000, patience=3)
+    try:
+        job.wait_until(lambda: job.finished)
+        for process in cluster.head_node.all_processes["gcs_server"]:
+            os.kill(process.process.pid, signal.SIGKILL)
+        status, err = job.end()
+    finally:
+        job.process.kill()
+        cluster.shutdown()
+    assert status == 1
+    last = err.splitlines()[-1]
+    assert f"The head node of the Ray cluster at {cluster.address} is gone" in last
+    assert "Run the same command again" in last

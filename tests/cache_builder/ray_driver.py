@@ -1,4 +1,4 @@
-"""A job whose units only wait: a driver of its own, since a process can be in one cluster at a time.
+"""A job whose units only wait, as a driver of its own: a process is in one cluster at a time.
 
 Called with the address of the cluster and settings as JSON; prints one JSON line per unit. The
 worker is pickled by value, as `__main__` is not on the nodes: what they know of `cache_builder`
@@ -42,6 +42,8 @@ class Waits:
 
 def main(address, settings):
     logging.basicConfig(format="%(message)s")
+    # Ray looks for modules where the driver does, which on other machines finds nothing.
+    sys.path.remove(os.environ["PYTHONPATH"])
     ray_cluster._HEAD_PATIENCE_S = settings["patience"]
     finished = map_units(
         lambda: Waits(settings["seconds"], settings["poison"]),

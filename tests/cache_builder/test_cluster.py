@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,14 @@ from tests import factories
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("ray_driver.py")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +34,14 @@ def cluster():
     """Three raylets of one CPU each, as on three machines, with a dashboard that takes jobs."""
     from ray.cluster_utils import Cluster
 
+    # As on other machines, nothing of ours is there before a job brings it along.
+    path = os.environ.pop("PYTHONPATH", None)
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 1,
             "include_dashboard": True,
+            "dashboard_port": free_port(),
             "_system_config": {
                 "metrics_report_interval_ms": 1000,
                 "health_check_initial_delay_ms": 0,
@@ -41,6 +52,8 @@ def cluster():
     )
     for _ in range(2):
         cluster.add_node(num_cpus=1)
+    if path is not None:
+        os.environ["PYTHONPATH"] = path
     yield cluster
     cluster.shutdown()
 
@@ -56,6 +69,7 @@ class Job:
     def __init__(self, address, **settings):
         self.process = subprocess.Popen(
             [sys.executable, DRIVER, address, json.dumps(settings)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.finished, self.err = [], []
@@ -141,7 +155,9 @@ def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewher
         before = job.nodes
         added = cluster.add_node(num_cpus=1)
         job.wait_until(lambda: job.nodes - before)
+        lost = next(line for line in job.finished if line["node"] not in before)
         cluster.remove_node(added, allow_graceful=False)
+        os.kill(lost["pid"], signal.SIGKILL)  # its machine is gone, not its raylet alone
         status, err = job.end()
     finally:
         job.process.kill()
@@ -228,7 +244,7 @@ def test_a_command_that_is_sent_with_ray_job_submit_builds_a_whole_cache(
         done = subprocess.run(
             [
                 BIN / "ray", "job", "submit", "--address", f"http://{cluster.head_node.webui_url}",
-                "--working-dir", ".", "--", BIN / "patchcache", "build", "--images", "photos",
+                "--working-dir", ".", "--", "env", f"PYTHONPATH={ROOT}", BIN / "patchcache", "build", "--images", "photos",
                 "--codebook", codebook_path.name, "--out", tmp_path / out, "--unit-size", "3",
                 *address,
             ],
@@ -242,8 +258,11 @@ def test_a_command_that_is_sent_with_ray_job_submit_builds_a_whole_cache(
 def test_a_head_node_that_is_gone_is_one_line():
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    job = Job(cluster.address, num_units=1000, patience=3)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    address = cluster.address
+    job = Job(address, num_units=1000, patience=3)
     try:
         job.wait_until(lambda: job.finished)
         for process in cluster.head_node.all_processes["gcs_server"]:
@@ -254,5 +273,5 @@ def test_a_head_node_that_is_gone_is_one_line():
         cluster.shutdown()
     assert status == 1
     last = err.splitlines()[-1]
-    assert f"The head node of the Ray cluster at {cluster.address} is gone" in last
+    assert f"The head node of the Ray cluster at {address} is gone" in last
     assert "Run the same command again" in last

@@ -6,8 +6,9 @@ while the cluster does and nothing waits for a node that has not come yet. An ac
 replaced; its units are done again elsewhere, so a unit must be idempotent. Images never pass
 through Ray's object store.
 
-Tries are counted for each unit, and only the unit that was being worked on is charged with the
-death of its actor. A unit that has used them up ends the job, after all the others are done.
+Tries are counted for each unit. The units that a dead actor had are tried again alone, so that
+only the one that kills its actors is charged with their deaths. A unit that has used its tries up
+ends the job, after all the others are done.
 """
 
 import contextlib
@@ -120,7 +121,8 @@ class _Task(Generic[_U]):
 
     def __init__(self, unit: _U) -> None:
         self.unit = unit
-        self.num_deaths = 0
+        self.num_deaths = 0  # of actors that had this unit alone
+        self.is_suspect = False  # an actor died that had it
 
 
 class _Place(Generic[_U]):
@@ -131,7 +133,12 @@ class _Place(Generic[_U]):
         self.ready = actor.prepare.remote()
         self.is_ready = False
         self.num_failed_starts = 0
-        self.in_flight: dict[Any, _Task[_U]] = {}  # in the order in which they were given
+        self.in_flight: dict[Any, _Task[_U]] = {}
+
+    @property
+    def has_suspect(self) -> bool:
+        """Whether it works on a unit that must be alone."""
+        return any(task.is_suspect for task in self.in_flight.values())
 
 
 class _Pool(Generic[_U, _R]):
@@ -208,6 +215,8 @@ class _Pool(Generic[_U, _R]):
                 num_without = sum(not other.in_flight for other in self._places) if depth else 0
                 if len(self._tasks) <= num_without:
                     break
+                if depth and (self._tasks[0].is_suspect or place.has_suspect):
+                    continue
                 task = self._tasks.popleft()
                 reference = place.actor.run.remote(task.unit)
                 place.in_flight[reference] = task
@@ -274,16 +283,19 @@ class _Pool(Generic[_U, _R]):
                 if not self._cluster.is_loss(error):
                     raise
                 unfinished.append(task)
-        for task in unfinished[:1]:  # an actor works in order: the others were only waiting
+        names = [self._describe(task.unit) for task in unfinished]
+        if len(unfinished) == 1:
+            task = unfinished[0]
             task.num_deaths += 1
-            name = self._describe(task.unit)
             if task.num_deaths >= _MAX_TRIES:
                 self._fatal.append((task.unit, _reason(exc)))
-                unfinished.remove(task)
-            logger.warning(
-                "a worker was lost at %s, try %d of %d: %s",
-                name, task.num_deaths, _MAX_TRIES, _reason(exc),
-            )  # fmt: skip
+                unfinished.clear()
+            again = f"try {task.num_deaths} of {_MAX_TRIES}"
+        else:
+            again = "each is done again alone"
+        logger.warning("a worker was lost at %s; %s: %s", " or ".join(names), again, _reason(exc))
+        for task in unfinished:
+            task.is_suspect = True
         self._tasks.extendleft(reversed(unfinished))
         self._look_ahead(1)
         if self._tasks:

@@ -28,6 +28,7 @@ from cache_builder.errors import (
 
 logger = logging.getLogger(__name__)
 
+_TERMINATED = 128 + signal.SIGTERM  # exit status
 _POLL_S = 1.0
 _SECONDS_BETWEEN_CHECKS = 2.0  # of whether the head node answers
 _HEAD_PATIENCE_S = 20.0  # Ray ends a process that has lost its head node after 60
@@ -221,6 +222,8 @@ def connect(options: ClusterOptions) -> Iterator[Cluster]:
     with _sigterm_exits() as install, contextlib.redirect_stdout(_ToLog()):
         try:
             ray.init(**settings)
+        except SystemExit:  # what Ray makes of SIGTERM meanwhile
+            sys.exit(_TERMINATED)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as exc:
             raise ConfigError(
                 f"No Ray cluster answers at {address or 'this machine'}: {_first_line(exc)} "
@@ -265,17 +268,24 @@ def _sigterm_exits() -> Iterator[Any]:
         yield lambda: None
         return
 
-    def leave(signum: int, frame: object) -> None:
-        sys.exit(128 + signum)
-
+    received = []
     before = signal.getsignal(signal.SIGTERM)
 
+    def interrupt(signum: int, frame: object) -> None:
+        # Ray's calls pass an interrupt on, and give SystemExit another status.
+        received.append(signum)
+        raise KeyboardInterrupt
+
     def install() -> None:
-        signal.signal(signal.SIGTERM, leave)
+        signal.signal(signal.SIGTERM, interrupt)
 
     install()
     try:
         yield install
+    except KeyboardInterrupt:
+        if received:
+            sys.exit(_TERMINATED)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

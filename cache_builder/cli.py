@@ -17,6 +17,7 @@ from cache_builder import __version__
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
     IMAGES,
+    CpusPerWorker,
     Device,
     GpusPerWorker,
     Images,
@@ -130,6 +131,7 @@ def fit(
     ray_address: RayAddress = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0,
+    cpus_per_worker: CpusPerWorker = 1,
     fit_workers: Annotated[
         int | None, typer.Option(min=1, help="Spread k-means over so many Ray actors.")
     ] = None,
@@ -141,7 +143,7 @@ def fit(
     """
     from cache_builder import fit as job
     from cache_builder.console import FitProgress, fit_lines
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
     from cache_builder.tokenizers.features import FeatureOptions
 
     if weights == "random" and seed is None:
@@ -176,7 +178,7 @@ def fit(
                 warm_start=warm_start,
                 seed=seed or 0,
                 device=device,
-                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+                cluster=ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker),
                 fit_workers=fit_workers,
             ),
             job.Progress(progress.sampled, progress.iterated),
@@ -241,6 +243,7 @@ def build(
     ray_address: RayAddress = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0,
+    cpus_per_worker: CpusPerWorker = 1,
     as_json: Json = False,
 ) -> None:
     """Tokenise every image into a cache; the same command continues a build that was stopped.
@@ -248,14 +251,14 @@ def build(
     Example: `patchcache build --images photos/ --codebook codebook.safetensors --out cache/`
     """
     from cache_builder.console import BuildProgress, build_lines, build_result
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
 
-    cluster = ClusterOptions(ray_address, workers, gpus_per_worker)
+    cluster = ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker)
     if extend:
         from cache_builder import extend as extension
 
         refuse_given(context, "--extend", _SETTLED)
-        with BuildProgress(views or 1) as progress:
+        with BuildProgress() as progress:
             summary = extension.run(
                 extension.ExtendOptions(
                     cache=out,
@@ -279,7 +282,7 @@ def build(
                 f"build needs --{'codebook' if images else 'images'}. "
                 "Without it, --extend adds to a finished cache."
             )
-        with BuildProgress(views or 1) as progress:
+        with BuildProgress() as progress:
             summary = job.run(
                 job.BuildOptions(
                     images=images,

@@ -8,18 +8,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import JsonValue
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 
@@ -41,6 +39,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 _MAX_SKIPPED_LINES = 10
 _MAX_BUILD_LINES = 5
 _BAR_WIDTH = 30
+_MAX_NODES_SHOWN = 8
 
 
 class Steps:
@@ -53,11 +52,10 @@ class Steps:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[eta]}"),
             console=self._console,
             transient=True,
         )
@@ -76,28 +74,30 @@ class Steps:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` are done.
+    def update(self, done: int, total: int, note: str = "", rate: float | None = None) -> None:
+        """Say that `done` of `total` are done, at `rate` per second.
 
-        Rate and remaining time are measured from the first call on: what was done before it took
-        the time of starting workers and loading models as well.
+        Without a rate it is measured from the first call on: what was done before it took the time
+        of starting workers and loading models as well.
         """
         now_s = time.monotonic()
         if self._first is None:
             self._first, self._last_line_s = (now_s, done), now_s
-        rate = (done - self._first[1]) / max(now_s - self._first[0], 1e-9)
+        if rate is None:
+            rate = (done - self._first[1]) / max(now_s - self._first[0], 1e-9)
         note = note or f"{rate:,.0f} {self._noun}/s"
+        eta = f"eta {duration_text((total - done) / rate)}" if rate else ""
         if self._console.is_terminal:
+            fields: dict[str, Any] = {"count": f"{done:,}/{total:,}", "note": note, "eta": eta}
             if self._task is None:
-                self._task = self._progress.add_task(self._title, total=total, note=note)
-            self._progress.update(self._task, completed=done, total=total, note=note)
+                self._task = self._progress.add_task(self._title, total=total, **fields)
+            self._progress.update(self._task, completed=done, total=total, **fields)
         elif rate and now_s - self._last_line_s > _SECONDS_BETWEEN_LINES:
             self._last_line_s = now_s
-            print(
-                f"{self._title} {done:,}/{total:,} {self._noun}, {note}, "
-                f"eta {(total - done) / rate:,.0f} s",
-                file=sys.stderr,
-            )
+            self._print_line(f"{self._title} {done:,}/{total:,} {self._noun}, {note}, {eta}")
+
+    def _print_line(self, line: str) -> None:
+        print(line, file=sys.stderr)
 
 
 class FitProgress:
@@ -133,32 +133,130 @@ class FitProgress:
         self._fitting.update(self._num_done, self._num_iterations, note)
 
 
-class BuildProgress(Steps):
-    """Images, views and bytes per second of a build."""
+class _Rate:
+    """What was built in which time: by all, or on one node."""
 
-    def __init__(self, num_views: int) -> None:
-        """Take the number of views per image."""
+    def __init__(self, started_s: float) -> None:
+        self._started_s = started_s
+        self._last_s = started_s
+        self.num_images = self.num_views = self.num_skipped = self.bytes_read = 0
+
+    def add(self, report: "UnitReport", now_s: float) -> None:
+        self._started_s = min(self._started_s, now_s - report.seconds)
+        self._last_s = now_s
+        self.num_images += report.num_samples
+        self.num_views += report.num_views
+        self.num_skipped += report.num_skipped
+        self.bytes_read += report.bytes_read
+
+    def per_second(self, amount: float, until_s: float | None = None) -> float:
+        """Return a rate, up to the last unit or up to now."""
+        return amount / max((until_s or self._last_s) - self._started_s, 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        return self._last_s - self._started_s
+
+
+class BuildProgress(Steps):
+    """Images, views and bytes per second of a build, and of every node that takes part.
+
+    Rates are those of what this run built: each begins with the first unit of a node, so that the
+    time in which workers start and finished units are looked through is not in it. What is left is
+    estimated from the rates of the nodes together: one that joins late counts from then on.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing seen."""
         super().__init__("building", "images")
-        self._num_views = num_views
-        self._num_seen = self._num_built = self._num_skipped = self._bytes = 0
-        self._first_unit_s: float | None = None
+        self._num_seen = self._num_kept_units = self._num_units = 0
+        self._total = 0
+        self._all: _Rate | None = None
+        self._nodes: dict[str, _Rate] = {}
+        self._node_tasks: dict[str, TaskID] = {}
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Stop drawing, and say what came of it or how to go on."""
+        super().__exit__(*exc_info)
+        error = exc_info[0] if exc_info else None
+        if error is None:
+            for line in self.summary_lines():
+                self._print_line(line)
+        elif error in {KeyboardInterrupt, SystemExit} and self._total:
+            self._print_line(
+                f"stopped after {self._num_seen:,} of {self._total:,} images; "
+                f"{self._num_units:,} finished units are kept"
+            )
 
     def unit_done(self, report: "UnitReport", total: int) -> None:
-        """Count a finished unit; the rate is that of what this run built."""
+        """Count a finished unit."""
+        now_s = time.monotonic()
         self._num_seen += report.num_samples + report.num_skipped
-        self._num_skipped += report.num_skipped
-        if self._first_unit_s is None:  # its time is that of starting the workers
-            self._first_unit_s = time.monotonic()
-        elif not report.was_there:
-            self._num_built += report.num_samples
-            self._bytes += report.bytes
-        elapsed_s = max(time.monotonic() - self._first_unit_s, 1e-9)
-        rate, per_second = self._num_built / elapsed_s, self._bytes / elapsed_s
-        self.update(
-            self._num_seen,
-            total,
-            f"{rate:,.0f} images/s {rate * self._num_views:,.0f} views/s "
-            f"{size_text(per_second)}/s, {self._num_skipped} skipped",
+        self._num_units += 1
+        self._total = total
+        if report.was_there:
+            self._num_kept_units += 1
+        else:
+            if self._all is None:
+                self._all = _Rate(now_s)
+            self._all.add(report, now_s)
+            self._nodes.setdefault(report.node, _Rate(now_s)).add(report, now_s)
+        self._show(now_s)
+
+    def summary_lines(self) -> list[str]:
+        """Say how fast this run built, and how fast each node did where there are several."""
+        if self._all is None:
+            return []
+        lines = [
+            f"built        {self._all.num_images:,} images in "
+            f"{duration_text(self._all.seconds)}: {self._rates(self._all)}"
+        ]
+        if len(self._nodes) > 1:
+            width = max(map(len, self._nodes))
+            lines += [
+                f"on node      {name:{width}}  {rate.num_images:,} images, {self._rates(rate)}"
+                for name, rate in sorted(self._nodes.items())
+            ]
+        return lines
+
+    def _show(self, now_s: float) -> None:
+        if self._all is None:
+            self.update(self._num_seen, self._total, f"{self._num_kept_units:,} units kept", 0.0)
+            return
+        note = f"{self._rates(self._all, now_s)}, {self._all.num_skipped:,} skipped"
+        rates = {
+            name: rate.per_second(rate.num_images + rate.num_skipped, now_s)
+            for name, rate in self._nodes.items()
+        }
+        if len(rates) > 1:
+            note += self._show_nodes(rates)
+        self.update(self._num_seen, self._total, note, sum(rates.values()))
+
+    def _show_nodes(self, rates: dict[str, float]) -> str:
+        """Show a line per node on a terminal; return what goes into the line of a plain log."""
+        shown = sorted(rates.items())[:_MAX_NODES_SHOWN]
+        if not self._console.is_terminal:
+            more = f" and {len(rates) - len(shown)} more" if len(rates) > len(shown) else ""
+            return f" ({', '.join(f'{name} {rate:,.1f}/s' for name, rate in shown)}{more})"
+        for name, rate in shown:
+            done = self._nodes[name].num_images
+            fields: dict[str, Any] = {
+                "count": f"{done:,}",
+                "note": f"{rate:,.1f} images/s",
+                "eta": "",
+            }
+            if name not in self._node_tasks:
+                self._node_tasks[name] = self._progress.add_task(f"  {name}", total=None, **fields)
+            self._progress.update(
+                self._node_tasks[name], completed=done, total=self._total, **fields
+            )
+        return ""
+
+    def _rates(self, rate: _Rate, until_s: float | None = None) -> str:
+        return (
+            f"{rate.per_second(rate.num_images, until_s):,.1f} images/s, "
+            f"{rate.per_second(rate.num_views, until_s):,.1f} views/s, "
+            f"{size_text(rate.per_second(rate.bytes_read, until_s))}/s read"
         )
 
 
@@ -383,6 +481,15 @@ def _print_bars(
         table.add_row(text, f"{count:,}" if count >= 0 else "", bar * length, note)
     console.print()
     console.print(table)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time as a person reads it: 42 s, 3 min 05 s, 7 h 20 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours:,} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _flatten(prefix: str, value: JsonValue) -> Iterator[tuple[str, str]]:

@@ -7,8 +7,6 @@ a fixed name and fixed bytes: a build that was killed is continued by the same c
 with the same cache.
 """
 
-import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,13 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from cache_builder.build_worker import BuildTask, BuildWorker, UnitReport
-from cache_builder.commit import describe_layer, layer_store, write_manifest
+from cache_builder.commit import (
+    describe_layer,
+    holder,
+    layer_name,
+    layer_store,
+    write_manifest,
+)
 from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import Codebook, first_problem
 from cache_builder.formats.manifest import (
@@ -165,16 +169,6 @@ def publish_layers(store: Store, layers: tuple[LayerInfo, ...]) -> CacheManifest
     manifest = CacheManifest.load(store).model_copy(update={"layers": layers})
     store.publish(MANIFEST_NAME, to_json(manifest))
     return manifest
-
-
-def holder() -> str:
-    """Return who writes, for a second driver's message."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def layer_name(spec: CacheSpec) -> str:
-    """Return the folder of a layer below its cache."""
-    return f"targets/{spec.fingerprint[:12]}-{spec.view_spec.first_view:03d}"
 
 
 def _layer_spec(options: BuildOptions, base: CacheSpec, codebook: Codebook) -> LayerSpec:

@@ -12,6 +12,7 @@ _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 _EXTRA_OF_COMMAND = {
     "fit": "build", "build": "build", "verify": "build", "inspect": "build",
+    "convert": "build", "merge": "build", "subset": "build",
     "serve": "serve", "train": "train", "probe": "train", "export": "train",
 }  # fmt: skip
 

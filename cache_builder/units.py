@@ -29,7 +29,8 @@ from cache_builder.formats.sample import CachedSample, NewSample
 from cache_builder.formats.shards import ShardWriter
 from cache_builder.formats.views import View, draw_views
 from cache_builder.formats.zarr_store import RowWriter
-from cache_builder.imaging import apply_view, decode, image_extension, shrink
+from cache_builder.image_types import image_extension
+from cache_builder.imaging import apply_view, decode, shrink
 from cache_builder.stores import Store
 from cache_builder.targets import TargetMaker
 from cache_builder.tokenizers import PatchTokenizer

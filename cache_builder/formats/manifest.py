@@ -54,7 +54,7 @@ SKIPPED_NAME = "skipped.jsonl"
 
 Layout = Literal["webdataset", "zarr"]
 ImagesInCache = Literal["original", "resized", "none"]
-SourceKind = Literal["folder", "webdataset"]
+SourceKind = Literal["folder", "webdataset", "cache"]
 
 Content = bytes  # where a field of that name hides the type
 _Model = TypeVar("_Model", bound=BaseModel)

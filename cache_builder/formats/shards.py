@@ -208,6 +208,16 @@ class TarShard:
         }
         return _sample(entry.key, members, self._path)
 
+    def image_size(self, row: int) -> tuple[int, int]:
+        """Return (height, width) of the decoded picture of one sample."""
+        entry = self._entries[row]
+        offset, size = entry.members.get(INFO, (0, 0))
+        try:
+            info = json.loads(self._file.read(offset, size))
+            return int(info["height"]), int(info["width"])
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ArtifactError(f"{self._path}: {entry.key}.{INFO} is damaged ({exc}).") from exc
+
     def close(self) -> None:
         """Close the tar."""
         self._file.close()

@@ -21,6 +21,7 @@ not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
@@ -212,7 +213,8 @@ class ZarrShard:
         self._images: RandomReader | None = None
         self._name = f"{STORE_NAME}/images/{unit:06d}/c/0"
         try:
-            group = open_group(store)
+            self._group = group = open_group(store)
+            self._rows = rows
             self._tokens: NDArray[np.uint16] = group["tokens"][rows]
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
@@ -257,10 +259,23 @@ class ZarrShard:
             **arrays,
         )
 
+    def image_size(self, row: int) -> tuple[int, int]:
+        """Return (height, width) of the decoded picture of one sample."""
+        height, width = self._sizes[row]
+        return height, width
+
     def close(self) -> None:
         """Close the image file."""
         if self._images is not None:
             self._images.close()
+
+    @cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        try:
+            sizes: list[tuple[int, int]] = self._group["sizes"][self._rows].tolist()
+        except _UNREADABLE as exc:
+            raise self._damaged(exc) from exc
+        return sizes
 
     def _image(self, row: int) -> bytes | None:
         if self._images is None:

@@ -7,6 +7,7 @@ Classes are united by name. Keys must differ, because a key is what joins an ima
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +138,13 @@ def common_source(inputs: Sequence[InputCache]) -> SourceInfo | None:
 
 
 def in_braces(locations: Sequence[str]) -> str:
-    """Return a brace pattern of several locations; one is itself."""
-    return locations[0] if len(locations) == 1 else "{" + ",".join(locations) + "}"
+    """Return a brace pattern of several absolute locations; one is itself."""
+    if len(locations) == 1:
+        return locations[0]
+    folders = (location.partition("{")[0].split("/")[:-1] for location in locations)
+    common = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    start = "".join(f"{names[0]}/" for names in common)
+    return f"{start}{{{','.join(location.removeprefix(start) for location in locations)}}}"
 
 
 def _essence(spec: CacheSpec) -> dict[str, Any]:

@@ -324,7 +324,7 @@ class CacheManifest(_OptionalPayloads, frozen=True, extra="forbid"):
             if store.exists(PLAN_NAME):
                 raise ArtifactError(
                     f"{store.location} has no {MANIFEST_NAME}: the build has not finished. "
-                    "Run the same `patchcache build` command again; it resumes."
+                    "Run the same `patchcache` command again; it resumes."
                 )
             raise ArtifactError(
                 f"{store.location} is not a cache: it has neither {MANIFEST_NAME} nor {PLAN_NAME}. "

@@ -35,7 +35,7 @@ from cache_builder.quality import (
     usage,
 )
 from cache_builder.sampling import held_out_keys, smallest
-from cache_builder.sources import Listing, Source, open_source
+from cache_builder.sources import Listing, Source, image_bytes, open_source
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.quantizer import residual
 
@@ -88,7 +88,7 @@ class Picked(NamedTuple):
                 continue
             for row, data in self.source.read(unit.model_copy(update={"rows": rows})):
                 try:
-                    pixels = decode(data)
+                    pixels = decode(image_bytes(data))
                 except ImageError as exc:
                     yield row, exc
                     continue

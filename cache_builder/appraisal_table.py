@@ -5,23 +5,14 @@ JSON holds null where a number does not exist, and for the PSNR of a reconstruct
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from pydantic import JsonValue
 
 from cache_builder.appraisal import Appraisal, StageUse
 from cache_builder.label_quality import Compared, LabelQuality
+from cache_builder.measures import Measure
 
 _TOKENS_PER_CENTROID = 50  # below it, usage says more of the sample than of the codebook
-
-
-class Measure(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    value: str
-    beside: str  # what to compare it with; empty where there is nothing
-    meaning: str
 
 
 def appraisal_result(appraisal: Appraisal) -> dict[str, JsonValue]:

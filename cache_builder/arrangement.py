@@ -65,9 +65,11 @@ class InputCache:
         self.spec = self.cache.manifest.spec
         self._plan = read_model(BuildPlan, self.cache.store, PLAN_NAME)
         self._skipped = self._read_skipped()
+        layers = self.cache.manifest.layers
+        others = {layer.fingerprint for layer in layers} - {self.spec.fingerprint}
         self.by_tokenizer = {
             fingerprint: TokenCache.open(location, fingerprint)
-            for fingerprint in (self.spec.fingerprint, *self._other_tokenizers())
+            for fingerprint in (self.spec.fingerprint, *sorted(others))
         }
 
     @property
@@ -101,16 +103,6 @@ class InputCache:
         """Yield every row of the plan."""
         for _, entries in self.units():
             yield from entries
-
-    def _other_tokenizers(self) -> list[str]:
-        """Return the tokenizers of the layers, those that were planned first in that order."""
-        layers = sorted(self.cache.manifest.layers, key=lambda layer: layer.name)
-        planned = self._plan.layers
-        layers.sort(
-            key=lambda layer: planned.index(layer.name) if layer.name in planned else len(planned)
-        )
-        found = dict.fromkeys(layer.fingerprint for layer in layers)
-        return [fingerprint for fingerprint in found if fingerprint != self.spec.fingerprint]
 
     def _read_skipped(self) -> dict[str, SkippedSample]:
         try:

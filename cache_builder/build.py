@@ -7,13 +7,14 @@ a fixed name and fixed bytes: a build that was killed is continued by the same c
 with the same cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from cache_builder import build_log
 from cache_builder.build_worker import BuildTask, BuildWorker, UnitReport
 from cache_builder.commit import (
     describe_layer,
@@ -98,7 +99,16 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
     with store.lock(holder()):
         listing = open_source(options.images).scan(options.unit_size)
         spec = _cache_spec(options, codebook, listing)
-        layers = [_layer_spec(options, spec, each) for each in further]
+        layers = [
+            layer_spec(
+                spec,
+                each,
+                soft_top_k=options.soft_top_k,
+                soft_temperature=options.soft_temperature,
+                store_features=options.store_features,
+            )
+            for each in further
+        ]
         _refuse_twins(spec, layers)
         plan = settle_plan(store, spec, listing.units, codebook, layers)
         task = BuildTask(
@@ -129,10 +139,38 @@ def build_targets(
     """
     reports = []
     worker = partial(BuildWorker, task)
-    for report in map_units(worker, range(plan.num_units), cluster):
-        reports.append(report)
-        if progress:
-            progress(report, plan.spec.source.num_samples)
+    with build_log.recording(task.cache, _num_views(store, task.names)) as log:
+        for report in map_units(worker, range(plan.num_units), cluster):
+            reports.append(report)
+            log.unit_done(report)
+            if progress:
+                progress(report, plan.spec.source.num_samples)
+        manifest = write_manifests(store, plan, task, reports)
+    return BuildSummary(
+        manifest=manifest,
+        num_units_kept=sum(report.was_there for report in reports),
+        num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
+    )
+
+
+def _num_views(store: Store, names: Sequence[str]) -> int:
+    """Return how many views of an image are tokenised for a cache ("") and its layers."""
+    places = (layer_store(store, name) if name else store for name in names)
+    plans = (read_model(BuildPlan, place, PLAN_NAME) for place in places)
+    return sum(plan.spec.view_spec.num_views for plan in plans)
+
+
+def write_manifests(
+    store: Store, plan: BuildPlan, task: BuildTask, reports: Sequence[UnitReport]
+) -> CacheManifest:
+    """Write the manifests of what is built, the cache's last; return that.
+
+    Args:
+        store: Of the cache.
+        plan: Of the cache.
+        task: What was built.
+        reports: Of every unit, in any order.
+    """
     layers = {layer.name: layer for layer in finished_layers(store)}
     for number, name in enumerate(task.names):
         if name:
@@ -147,14 +185,8 @@ def build_targets(
     if "" in task.names:
         place = task.names.index("")
         summaries = (report.summaries[place] for report in reports)
-        manifest = write_manifest(store, plan, summaries, ordered)
-    else:
-        manifest = publish_layers(store, ordered)
-    return BuildSummary(
-        manifest=manifest,
-        num_units_kept=sum(report.was_there for report in reports),
-        num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
-    )
+        return write_manifest(store, plan, summaries, ordered)
+    return publish_layers(store, ordered)
 
 
 def finished_layers(store: Store) -> tuple[LayerInfo, ...]:
@@ -171,26 +203,37 @@ def publish_layers(store: Store, layers: tuple[LayerInfo, ...]) -> CacheManifest
     return manifest
 
 
-def _layer_spec(options: BuildOptions, base: CacheSpec, codebook: Codebook) -> LayerSpec:
-    """Return a layer with the views of the cache and another tokenizer."""
+def layer_spec(
+    base: CacheSpec,
+    codebook: Codebook,
+    *,
+    soft_top_k: int | None,
+    soft_temperature: float | None,
+    store_features: FeatureType | None,
+) -> LayerSpec:
+    """Return a layer with the views of a cache and another tokenizer.
+
+    Features are stored where there are any: a pixel tokenizer has none.
+    """
     rule = codebook.pixel_rule
     has_features = codebook.extractor.id != "pixel"
+    views = base.view_spec.model_copy(
+        update={
+            "size": rule.size,
+            "patch_size": rule.patch_size,
+            "interpolation": rule.interpolation,
+        }
+    )
     spec = base.model_copy(
         update={
             "fingerprint": codebook.fingerprint,
             "vocab_size": codebook.vocab_size,
             "num_stages": codebook.num_stages,
             "grid": rule.grid,
-            "view_spec": base.view_spec.model_copy(
-                update={
-                    "size": rule.size,
-                    "patch_size": rule.patch_size,
-                    "interpolation": rule.interpolation,
-                }
-            ),
+            "view_spec": views,
             "images_in_cache": "none",
-            "soft": soft_spec(codebook, options.soft_top_k, options.soft_temperature),
-            "features": feature_spec(codebook, options.store_features if has_features else None),
+            "soft": soft_spec(codebook, soft_top_k, soft_temperature),
+            "features": feature_spec(codebook, store_features if has_features else None),
         }
     )
     return LayerSpec(layer_name(spec), spec, codebook)
@@ -230,6 +273,7 @@ def _cache_spec(options: BuildOptions, codebook: Codebook, listing: Listing) -> 
             class_names=listing.class_names,
             soft=soft_spec(codebook, options.soft_top_k, options.soft_temperature),
             features=feature_spec(codebook, options.store_features),
+            has_extra=listing.has_extra,
         )
     except ValidationError as exc:
         raise ConfigError(f"{first_problem(exc)}.") from exc

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
+from cache_builder.build_log import UnitMeter, UnitWork
 from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
 from cache_builder.errors import SourceError
 from cache_builder.formats.cache import IMAGE_ALONE, open_unit
@@ -19,7 +20,7 @@ from cache_builder.formats.manifest import (
     read_model,
     unit_record_name,
 )
-from cache_builder.sources import open_source
+from cache_builder.sources import Source, open_source
 from cache_builder.stores import open_store
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.units import Picture, Target, build_unit
@@ -34,6 +35,7 @@ class UnitReport(NamedTuple):
     bytes: int  # written
     was_there: bool  # finished by an earlier run and found undamaged
     summaries: tuple[UnitSummary, ...]  # of every target, for the manifests
+    work: UnitWork | None = None  # how this run built it
 
 
 class BuildTask(NamedTuple):
@@ -54,7 +56,6 @@ class BuildWorker:
         """Open the cache; tokenizers are loaded when the first unit needs them."""
         self._task = task
         self._store = open_store(task.cache)
-        self._source = open_source(task.images)
         self._stores = {
             name: layer_store(self._store, name) if name else self._store for name in task.names
         }
@@ -76,19 +77,21 @@ class BuildWorker:
             bytes=sum(summary.shard.bytes for summary in summaries.values()),
             was_there=not missing,
             summaries=tuple(summaries[name] for name in self._task.names),
+            work=self._meter.work() if missing else None,
         )
 
     def _build(self, unit: int, names: list[str]) -> list[UnitRecord]:
         targets = [self._target(name) for name in names]
+        self._meter = UnitMeter(str(targets[0].tokenizer.device))
         plan = read_model(PlanUnit, self._store, plan_unit_name(unit))
         spec = self._base.spec
         if "" in names:
-            pictures = (Picture(*pair) for pair in self._source.read(plan))
+            pictures = map(Picture._make, self._source.read(plan))
             resized = spec.images_in_cache == "resized"
             return build_unit(
                 targets,
                 unit,
-                pictures,
+                self._meter.count(pictures),
                 shrink_to=(spec.resized_short_side, spec.jpeg_quality) if resized else None,
                 decode_threads=self._task.decode_threads,
             )
@@ -96,7 +99,7 @@ class BuildWorker:
         return build_unit(
             targets,
             unit,
-            self._cached(plan, base.skipped),
+            self._meter.count(self._cached(plan, base.skipped)),
             skipped=base.skipped,
             decode_threads=self._task.decode_threads,
         )
@@ -121,6 +124,11 @@ class BuildWorker:
                 yield Picture(row, sample.image)
         finally:
             shard.close()
+
+    @cached_property
+    def _source(self) -> Source:
+        # A cache with images is extended without its source, which may be gone.
+        return open_source(self._task.images)
 
     @cached_property
     def _base(self) -> BuildPlan:

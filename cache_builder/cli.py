@@ -8,7 +8,7 @@ status: 0 done, 1 failed, 2 wrong usage. Every command imports what it needs whe
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ from cache_builder import __version__
 from cache_builder.cli_caches import convert, merge, subset
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
+    IMAGES,
     Device,
     GpusPerWorker,
     Images,
@@ -28,12 +29,16 @@ from cache_builder.cli_options import (
     pair,
     print_json,
     print_lines,
+    refuse_given,
     triple,
 )
 from cache_builder.errors import ConfigError
 
-if TYPE_CHECKING:
-    from cache_builder.appraisal import AppraisalOptions
+# What a finished cache has settled.
+_SETTLED = (
+    "scale", "ratio", "hflip", "seed", "layout", "images_in_cache", "resized_short_side",
+    "jpeg_quality", "unit_size",
+)  # fmt: skip
 
 app = typer.Typer(
     name="patchcache",
@@ -188,13 +193,21 @@ def fit(
 
 @app.command()
 def build(
-    images: Images,
-    codebook: Annotated[
-        list[str],
-        typer.Option(help="What `patchcache fit` wrote; several are made from one decode."),
-    ],
+    context: typer.Context,
     out: Annotated[str, typer.Option(help="The cache: a directory, s3://, gs:// or az://.")],
-    views: Annotated[int, typer.Option(min=1, help="Crops per image; the first is centred.")] = 1,
+    images: Annotated[str | None, IMAGES] = None,
+    codebook: Annotated[
+        list[str] | None,
+        typer.Option(help="What `patchcache fit` wrote; several are made from one decode."),
+    ] = None,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Give a finished cache more --views or further --codebook."),
+    ] = False,
+    views: Annotated[
+        int | None,
+        typer.Option(min=1, help="Crops per image; default 1, which is centred, or as before."),
+    ] = None,
     scale: Annotated[str, typer.Option(help="LOW,HIGH share of the picture in a crop.")] = "0.2,1",
     ratio: Annotated[str, typer.Option(help="LOW,HIGH width / height of a crop.")] = "3/4,4/3",
     hflip: Annotated[float, typer.Option(min=0, max=1, help="Share of mirrored crops.")] = 0.5,
@@ -236,36 +249,64 @@ def build(
 
     Example: `patchcache build --images photos/ --codebook codebook.safetensors --out cache/`
     """
-    from cache_builder import build as job
     from cache_builder.console import BuildProgress, build_lines, build_result
     from cache_builder.ray_jobs import ClusterOptions
 
-    with BuildProgress(views) as progress:
-        summary = job.run(
-            job.BuildOptions(
-                images=images,
-                codebook=codebook[0],
-                further_codebooks=tuple(codebook[1:]),
-                out=out,
-                num_views=views,
-                scale=pair("--scale", scale),
-                ratio=pair("--ratio", ratio),
-                hflip=hflip,
-                seed=seed,
-                layout=layout,
-                images_in_cache=images_in_cache,
-                resized_short_side=resized_short_side,
-                jpeg_quality=jpeg_quality,
-                unit_size=unit_size,
-                soft_top_k=soft_top_k,
-                soft_temperature=soft_temperature,
-                store_features=store_features,
-                device=device,
-                weights=weights,
-                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
-            ),
-            progress.unit_done,
-        )
+    cluster = ClusterOptions(ray_address, workers, gpus_per_worker)
+    if extend:
+        from cache_builder import extend as extension
+
+        refuse_given(context, "--extend", _SETTLED)
+        with BuildProgress(views or 1) as progress:
+            summary = extension.run(
+                extension.ExtendOptions(
+                    cache=out,
+                    codebooks=tuple(codebook or ()),
+                    num_views=views,
+                    images=images,
+                    soft_top_k=soft_top_k,
+                    soft_temperature=soft_temperature,
+                    store_features=store_features,
+                    device=device,
+                    weights=weights,
+                    cluster=cluster,
+                ),
+                progress.unit_done,
+            )
+    else:
+        from cache_builder import build as job
+
+        if images is None or not codebook:
+            raise ConfigError(
+                f"build needs --{'codebook' if images else 'images'}. "
+                "Without it, --extend adds to a finished cache."
+            )
+        with BuildProgress(views or 1) as progress:
+            summary = job.run(
+                job.BuildOptions(
+                    images=images,
+                    codebook=codebook[0],
+                    further_codebooks=tuple(codebook[1:]),
+                    out=out,
+                    num_views=views or 1,
+                    scale=pair("--scale", scale),
+                    ratio=pair("--ratio", ratio),
+                    hflip=hflip,
+                    seed=seed,
+                    layout=layout,
+                    images_in_cache=images_in_cache,
+                    resized_short_side=resized_short_side,
+                    jpeg_quality=jpeg_quality,
+                    unit_size=unit_size,
+                    soft_top_k=soft_top_k,
+                    soft_temperature=soft_temperature,
+                    store_features=store_features,
+                    device=device,
+                    weights=weights,
+                    cluster=cluster,
+                ),
+                progress.unit_done,
+            )
     if as_json:
         print_json(build_result(summary, out))
     else:
@@ -314,34 +355,53 @@ for command in (convert, merge, subset):
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A codebook, cache, shard or checkpoint.")],
+    location: Annotated[
+        str, typer.Argument(help="A codebook, cache, shard or checkpoint.", metavar="PATH")
+    ],
     images: Annotated[
         str | None,
-        typer.Option(help="Measure a codebook on these images, or on what the fit held out."),
+        typer.Option(
+            help="Codebook: measure it on these images, or on what the fit held out. Cache without "
+            "images: where they lie now, for --page."
+        ),
     ] = None,
     page: Annotated[
-        Path | None, typer.Option(help="With --images: also write a page with pictures, .html.")
+        Path | None,
+        typer.Option(help="Of a cache, or a codebook with --images: write a page, .html."),
     ] = None,
     max_images: Annotated[
-        int, typer.Option(min=1, help="With --images: look at so many, chosen by key.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Codebook: look at so many, default 1,000. Cache: count no more; default all.",
+        ),
+    ] = None,
     device: Device = "auto",
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Show what a codebook, a cache, a shard or a checkpoint holds, or what a codebook is worth.
 
-    Example: `patchcache inspect codebook.safetensors --images photos/ --page codebook.html`
+    Example: `patchcache inspect cache/ --page cache.html`
     """
+    from cache_builder import cli_inspect
+
+    path = Path(location)
+    if "://" in location or path.is_dir():
+        cli_inspect.survey(
+            location, images=images, page=page, max_images=max_images, as_json=as_json
+        )
+        return
     if images is not None:
         from cache_builder.appraisal import AppraisalOptions
 
-        _appraise(AppraisalOptions(path, images, max_images, device, weights), page, as_json)
+        options = AppraisalOptions(path, images, max_images or 1000, device, weights)
+        cli_inspect.appraise(options, page, as_json=as_json)
         return
     from cache_builder.console import print_description
 
     if page is not None:
-        raise ConfigError("--page shows a codebook at work and needs --images.")
+        raise ConfigError("--page shows a cache, or a codebook at work, which needs --images.")
     if path.suffix == ".pt":
         from trainer import checkpoint
 
@@ -354,22 +414,6 @@ def inspect(
         print_json(description)
     else:
         print_description(description)
-
-
-def _appraise(options: "AppraisalOptions", page: Path | None, as_json: bool) -> None:
-    from cache_builder import appraisal as job
-    from cache_builder import codebook_page
-    from cache_builder.appraisal_table import appraisal_result
-    from cache_builder.console import Steps, print_appraisal
-
-    with Steps("measuring", "images") as progress:
-        appraisal = job.run(options, progress.update)
-    if page is not None:
-        codebook_page.write(page, appraisal, options.codebook.name)
-    if as_json:
-        print_json(appraisal_result(appraisal))
-    else:
-        print_appraisal(appraisal, page)
 
 
 @app.command()

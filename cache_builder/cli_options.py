@@ -9,26 +9,43 @@ import typer
 from cache_builder.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Images = Annotated[
-    str,
-    typer.Option(
-        help="A folder with a subfolder per class, a flat folder, or WebDataset tars "
-        "(`train-{000..146}.tar`)."
-    ),
-]
+IMAGES = typer.Option(
+    help="A folder with a subfolder per class, a flat folder; WebDataset tars "
+    "(`train-{000..146}.tar`), zips or Parquet files, or their folder; a list of paths or "
+    "URLs (.txt). On this machine, or behind s3://, gs://, https:// or any fsspec URL."
+)
+Images = Annotated[str, IMAGES]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 RayAddress = Annotated[
     str | None,
     typer.Option(help="Run on this Ray cluster; by default on this machine's cores."),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Ray actors; by default one per CPU of the cluster.")
+    int | None,
+    typer.Option(
+        min=0, help="Ray actors; default one per CPU of the cluster; 0: this process, no Ray."
+    ),
 ]
 GpusPerWorker = Annotated[float, typer.Option(min=0, help="GPU share of each actor.")]
 Weights = Annotated[
     str | None,
     typer.Option(help="Weights file of the feature model, if it is not where the codebook says."),
 ]
+
+
+def refuse_given(context: typer.Context, option: str, names: tuple[str, ...]) -> None:
+    """Refuse options that have no meaning beside `option`.
+
+    Raises:
+        ConfigError: One of `names` is on the command line.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"--{name.replace('_', '-')} cannot be given with {option}: the cache has settled "
+                "it. Leave it out."
+            )
 
 
 def _numbers(option: str, text: str, count: int) -> list[float]:

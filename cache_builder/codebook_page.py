@@ -92,16 +92,9 @@ def _places(token_ids: NDArray[np.uint16], token_id: int) -> list[tuple[int, int
 
 
 def _table_section(appraisal: Appraisal) -> str:
-    lines = "".join(
-        f'<tr><td>{html.escape(measure.name)}</td><td class="number">{html.escape(measure.value)}'
-        f'</td><td class="muted">{html.escape(measure.beside)}</td>'
-        f'<td class="muted wide">{html.escape(measure.meaning)}</td></tr>'
-        for measure in measures(appraisal)
-    )
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in warnings(appraisal))
     return (
-        f'<div class="scroll"><table class="measures"><tr><th>measure</th>'
-        f'<th class="number">value</th><th>beside</th><th>meaning</th></tr>{lines}</table></div>'
+        pages.measure_table(measures(appraisal))
         + (f"<ul>{notes}</ul>" if notes else "")
         + '<p class="muted">Compare two codebooks at equal K, equal grid and equal numbers of '
         "images only: all measures of use and of labels drift with them.</p>"

@@ -23,12 +23,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cache_builder.measures import size_text
 from cache_builder.stores import join_location
 
 if TYPE_CHECKING:
     from cache_builder.appraisal import Appraisal
     from cache_builder.build import BuildSummary
     from cache_builder.build_worker import UnitReport
+    from cache_builder.cache_survey import CacheSurvey
     from cache_builder.fit import FitSummary
     from cache_builder.formats import CacheManifest
     from cache_builder.transform import TransformSummary
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 5.0
 _MAX_SKIPPED_LINES = 10
+_MAX_BUILD_LINES = 5
+_BAR_WIDTH = 30
 
 
 class Steps:
@@ -370,13 +374,58 @@ def print_appraisal(appraisal: "Appraisal", page: Path | None) -> None:
         console.print(f"page         {page}")
 
 
-def size_text(num_bytes: float) -> str:
-    """Return a size as a person reads it: 1.5 MB, powers of ten."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
+def print_survey(survey: "CacheSurvey", page: Path | None) -> None:
+    """Print what a cache holds as tables on stdout."""
+    from cache_builder import cache_table
+
+    console = Console(markup=False, highlight=False)
+    spec = survey.manifest.spec
+    console.print(f"cache        {survey.location}")
+    console.print(f"fingerprint  {survey.manifest.fingerprint}")
+    console.print(f"counted      {cache_table.surveyed_text(survey)}")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("measure", style="bold")
+    table.add_column("value", justify="right")
+    table.add_column("beside", overflow="fold")
+    for fact in cache_table.facts(survey):
+        table.add_row(fact.name, fact.value, fact.beside)
+    console.print(table)
+    for number, counts in enumerate(survey.counts, 1):
+        stage = f" of stage {number}" if spec.num_stages > 1 else ""
+        lines = cache_table.histogram(counts)
+        rows = [(f"{r.rank:,}", r.tokens, f"{r.cumulative_share:.1%}") for r in lines]
+        _print_bars(console, (f"rank of id{stage}", "tokens", "and before"), rows)
+    if shown := cache_table.class_lines(survey, 10, 5):
+        _print_bars(console, ("class", "images", ""), [(name, n, "") for name, n in shown])
+    if survey.skip_reasons:
+        rows = [(reason, n, "") for reason, n in survey.skip_reasons[:_MAX_SKIPPED_LINES]]
+        _print_bars(console, ("skipped because", "images", ""), rows)
+    console.print()
+    for line in cache_table.build_lines(survey.builds)[:_MAX_BUILD_LINES]:
+        console.print(f"built        {line}")
+    for warning in cache_table.warnings(survey):
+        console.print(f"limit        {warning}")
+    if page:
+        console.print(f"page         {page}")
+
+
+def _print_bars(
+    console: Console, header: tuple[str, str, str], rows: list[tuple[str, int, str]]
+) -> None:
+    """Print counts with bars as long as they are; a negative one is a remark, not a count."""
+    table = Table(box=None, pad_edge=False)
+    name, count_name, last = header
+    table.add_column(name, overflow="fold")
+    table.add_column(count_name, justify="right")
+    table.add_column("")
+    table.add_column(last, justify="right")
+    bar = "#" if console.options.ascii_only else "\u2588"
+    top = max(max(count for _, count, _ in rows), 1)
+    for text, count, note in rows:
+        length = round(_BAR_WIDTH * count / top)
+        table.add_row(text, f"{count:,}" if count >= 0 else "", bar * length, note)
+    console.print()
+    console.print(table)
 
 
 def _flatten(prefix: str, value: JsonValue) -> Iterator[tuple[str, str]]:

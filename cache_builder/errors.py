@@ -4,6 +4,7 @@
     +-- ConfigError              an argument or setting is wrong: change the command
     +-- MissingDependencyError   an optional library is not installed: install the extra
     +-- SourceError              images cannot be listed or read: mend the source, run again
+    |   +-- NotServedError       a server answered that it does not have it: asking again is no use
     +-- ArtifactError            a file on disk is damaged, unfinished or of another version
     |   +-- FormatVersionError   it was written by a newer patchcache: upgrade
     +-- TokenizerMismatchError   two fingerprints differ: tokens of two tokenizers would mix
@@ -31,6 +32,10 @@ class MissingDependencyError(PatchCacheError):
 
 class SourceError(PatchCacheError):
     """Images cannot be listed, named or read."""
+
+
+class NotServedError(SourceError):
+    """A server answered that it does not have something, or does not give it to us."""
 
 
 class ArtifactError(PatchCacheError):

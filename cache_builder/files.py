@@ -26,10 +26,11 @@ def publishing(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with temporary.open("xb") as file:
-            yield file
-            _flush(file)
-        temporary.replace(path)
+        with naming(path):
+            with temporary.open("xb") as file:
+                yield file
+                _flush(file)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -51,14 +52,26 @@ def publish_new(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            _flush(file)
-        # A link, unlike a rename, fails when the target exists: of two writers one wins.
-        os.link(temporary, path)
+        with naming(path):
+            with temporary.open("xb") as file:
+                file.write(data)
+                _flush(file)
+            # A link, unlike a rename, fails when the target exists: of two writers one wins.
+            os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     flush_directory(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file an error belongs to; a write that finds a full disk does not tell."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno is not None and exc.filename is None:
+            exc.filename = str(path)
+        raise
 
 
 def sweep(directory: Path) -> list[Path]:

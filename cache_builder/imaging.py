@@ -16,6 +16,9 @@ What becomes of unusual pictures:
 """
 
 import io
+import re
+import struct
+import zlib
 from typing import Final
 
 import numpy as np
@@ -27,7 +30,6 @@ from torchvision.transforms.v2 import functional as transforms
 
 from cache_builder.errors import ImageError
 from cache_builder.formats.views import Interpolation, View
-from cache_builder.image_types import DECODER_ERRORS, FORMATS, decoder_reason
 
 try:
     from torchcodec.decoders import decode_jpeg as _decode_jpeg
@@ -37,7 +39,13 @@ except (ImportError, OSError, RuntimeError):
 
 MAX_PIXELS: Final = 89_478_485  # Pillow's own warning threshold, 256 MiB of RGB
 
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+# What decoders raise on damaged files is not documented; all of it means the same.
+_DECODER_ERRORS: Final = (
+    OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, ArithmeticError,
+    TypeError, struct.error, zlib.error,
+)  # fmt: skip
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,6 +56,8 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _ALPHA_MODES: Final = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
+
+Image.init()  # without it, naming a format whose plug-in has not been loaded yet is a KeyError
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -70,7 +80,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     if not data:
         raise ImageError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}")
@@ -83,8 +93,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         ) from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as exc:
         raise ImageError(f"too large to decode: {exc}") from exc
-    except DECODER_ERRORS as exc:
-        raise ImageError(f"cannot be decoded: {decoder_reason(exc)}") from exc
+    except _DECODER_ERRORS as exc:
+        raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
 
 
 def apply_view(
@@ -182,3 +192,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _first_line(exc: BaseException) -> str:
+    lines = str(exc).strip().splitlines() or [type(exc).__name__]
+    # torchcodec puts the function and the C++ source line in front of the reason.
+    return re.sub(r"^\w+, \S+:\d+, ", "", lines[0])

@@ -3,13 +3,14 @@
 `describe` returns nested dictionaries that print as JSON; the CLI draws them as tables.
 """
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from cache_builder import cache_survey
+from cache_builder.cache_table import survey_result
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook
@@ -27,7 +28,8 @@ def describe(path: Path) -> Description:
         ArtifactError: It is nothing of ours, or it is damaged.
     """
     if path.is_dir():
-        return describe_cache(TokenCache.open(path))
+        with TokenCache.open(path) as cache:
+            return survey_result(cache_survey.run(cache))
     if not path.is_file():
         raise ArtifactError(f"There is nothing at {path}.")
     if path.suffix == ".safetensors":
@@ -65,33 +67,6 @@ def describe_codebook(codebook: Codebook) -> Description:
     }
 
 
-def describe_cache(cache: TokenCache) -> Description:
-    """Describe a cache; its token histogram is taken over every shard."""
-    manifest = cache.manifest
-    spec = manifest.spec
-    counts, labels = survey(cache)
-    return {
-        "kind": "cache",
-        "fingerprint": manifest.fingerprint,
-        "layout": spec.layout,
-        "num_samples": manifest.num_samples,
-        "num_skipped": manifest.num_skipped,
-        "num_shards": len(manifest.shards),
-        "bytes": manifest.bytes,
-        "bytes_per_sample": round(manifest.bytes / manifest.num_samples, 1),
-        "payloads": list(manifest.payloads),
-        **manifest.payload_totals(),
-        "images_in_cache": spec.images_in_cache,
-        "views": spec.view_spec.model_dump(mode="json"),
-        "grid": list(manifest.grid),
-        "vocab_size": manifest.vocab_size,
-        "num_stages": spec.num_stages,
-        "usage": _usage(usage(counts)),
-        "labels": {_class_name(spec.class_names, label): n for label, n in labels.items()},
-        "source": spec.source.model_dump(mode="json"),
-    }
-
-
 def describe_shard(path: Path) -> Description:
     """Describe one tar by walking it."""
     num_samples, num_bytes, first = 0, 0, None
@@ -118,30 +93,6 @@ def describe_shard(path: Path) -> Description:
             },
         },
     }
-
-
-def survey(cache: TokenCache) -> tuple[NDArray[np.int64], dict[int, int]]:
-    """Read every sample once.
-
-    Returns:
-        How often each id of the first stage occurs, (K,) int64, and how many samples have each
-        label, empty without labels.
-    """
-    counts = np.zeros(cache.manifest.vocab_size, np.int64)
-    labels: Counter[int] = Counter()
-    for shard in range(len(cache.manifest.shards)):
-        for sample in cache.read_shard(shard, payloads=()):
-            ids = sample.token_ids
-            if cache.manifest.spec.num_stages > 1:
-                ids = ids[..., 0]
-            counts += np.bincount(ids.ravel(), minlength=len(counts))
-            if sample.label is not None:
-                labels[sample.label] += 1
-    return counts, dict(sorted(labels.items()))
-
-
-def _class_name(names: tuple[str, ...], label: int) -> str:
-    return names[label] if label < len(names) else str(label)
 
 
 def _usage_in_fit(counts: NDArray[np.int64]) -> Description:

@@ -14,13 +14,15 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import IO, Any, Final
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple, TypeVar
 
 import obstore
 from obstore import exceptions
 from obstore.store import from_url
 
+from cache_builder import files
 from cache_builder.errors import StorageError
 from cache_builder.stores import LOCK_NAME, Measure, in_use
 
@@ -30,6 +32,11 @@ SCHEMES: Final = ("s3", "gs", "az")
 _READ_AHEAD_BYTES = 4 << 20
 _BEAT_S = 5.0  # how often the holder of a lock shows that it lives
 _LOST_AFTER_S = 20.0  # without a beat its lock may be taken
+_MAX_RETRIES = 8  # of a request, by obstore, with growing pauses
+_PAUSES_S = (0.5, 2.0)  # before what obstore gives up at once is asked for again
+_AT_ONCE_S = 5.0
+
+_T = TypeVar("_T")
 
 
 class ObjectStore:
@@ -58,22 +65,23 @@ class ObjectStore:
 
     def read(self, name: str) -> bytes:
         """Return the content of an object."""
-        with self._asking("read", name):
-            return bytes(obstore.get(self._store, name).bytes())
+        return self._ask("read", name, lambda: bytes(obstore.get(self._store, name).bytes()))
 
     def measure(self, name: str) -> Measure:
         """Return length and SHA-256 of an object."""
-        digest, size = hashlib.sha256(), 0
-        with self._asking("read", name):
+
+        def measure() -> Measure:
+            digest, size = hashlib.sha256(), 0
             for block in obstore.get(self._store, name).stream():
                 digest.update(block)
                 size += len(block)
-        return Measure(size, digest.hexdigest())
+            return Measure(size, digest.hexdigest())
+
+        return self._ask("read", name, measure)
 
     def size(self, name: str) -> int:
         """Return the length of an object, bytes."""
-        with self._asking("find", name):
-            return int(obstore.head(self._store, name)["size"])
+        return self._ask("find", name, lambda: int(obstore.head(self._store, name)["size"]))
 
     def open(self, name: str) -> "ObjectReader":
         """Open an object for reads in any order."""
@@ -81,39 +89,61 @@ class ObjectStore:
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Return the bytes from `start` to `stop`, which lie within the object."""
-        with self._asking("read", name):
-            return bytes(obstore.get_range(self._store, name, start=start, end=stop))
+        return self._ask(
+            "read",
+            name,
+            lambda: bytes(obstore.get_range(self._store, name, start=start, end=stop)),
+        )
 
     def publish(self, name: str, data: bytes) -> None:
         """Write an object."""
-        with self._asking("write", name):
-            obstore.put(self._store, name, data)
+        self._ask("write", name, lambda: obstore.put(self._store, name, data))
 
     def publish_new(self, name: str, data: bytes) -> None:
         """Write an object that is not there yet."""
-        with self._asking("write", name):
-            obstore.put(self._store, name, data, mode="create")
+        try:
+            self._ask("write", name, lambda: obstore.put(self._store, name, data, mode="create"))
+        except FileExistsError:
+            # The answer may have been lost: then the repeated request meets what it has written.
+            if self.read(name) != data:
+                raise
 
     @contextlib.contextmanager
     def publishing(self, name: str) -> Iterator[IO[bytes]]:
         """Open a temporary local file that is sent when it is whole."""
-        with tempfile.TemporaryFile() as file:
-            yield file
+
+        def send() -> None:
             file.seek(0)
-            with self._asking("write", name):
-                obstore.put(self._store, name, file)
+            obstore.put(self._store, name, file)
+
+        with files.naming(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
+            yield file
+            file.flush()
+            self._ask("write", name, send)
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """Yield the names below a folder."""
-        with self._asking("list", prefix):
-            for page in obstore.list(self._store, prefix or None):
-                for entry in page:
-                    yield str(entry["path"])
+        last: str | None = None
+        pauses = iter(_PAUSES_S)
+        while True:
+            try:
+                with self._asking("list", prefix):
+                    for page in obstore.list(self._store, prefix or None, offset=last):
+                        for entry in page:
+                            last = str(entry["path"])
+                            yield last
+            except StorageError as exc:
+                pause_s = next(pauses, None)
+                if pause_s is None or not _is_passing(exc):
+                    raise
+                time.sleep(pause_s)
+            else:
+                return
 
     def remove(self, name: str) -> None:
         """Remove an object."""
-        with self._asking("remove", name), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self._store, name)
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("remove", name, lambda: obstore.delete(self._store, name))
 
     def sweep(self) -> list[str]:
         """Return nothing: an object store shows no half-written objects."""
@@ -139,15 +169,32 @@ class ObjectStore:
         """Return an obstore store of the objects below `name`."""
         return _connect(f"{self.location}/{name}")
 
+    def _ask(self, what: str, name: str, ask: Callable[[], _T]) -> _T:
+        """Ask for something that may be asked for twice; more than once if need be.
+
+        obstore repeats what fails on the way, but not an answer that breaks off in the middle.
+        """
+        for pause_s in _PAUSES_S:
+            started_s = time.monotonic()
+            try:
+                with self._asking(what, name):
+                    return ask()
+            except StorageError as exc:
+                if not _is_passing(exc) or time.monotonic() - started_s > _AT_ONCE_S:
+                    raise
+                time.sleep(pause_s)
+        with self._asking(what, name):
+            return ask()
+
     @contextlib.contextmanager
     def _asking(self, what: str, name: str) -> Iterator[None]:
         """Turn obstore's exceptions into Python's and ours."""
         try:
             yield
         except FileNotFoundError as exc:
-            if what == "write":
+            if what in {"write", "lock"}:
                 raise StorageError(
-                    f"Cannot write {self.where(name)}: there is no such bucket. Create it first."
+                    f"Cannot {what} {self.where(name)}: there is no such bucket. Create it first."
                 ) from exc
             raise FileNotFoundError(f"{self.where(name)} is not there") from exc
         except exceptions.AlreadyExistsError as exc:
@@ -186,6 +233,14 @@ class ObjectReader:
         self._block = b""
 
 
+class _Seen(NamedTuple):
+    """A lease that was looked at."""
+
+    tag: str
+    holder: str
+    is_ours: bool
+
+
 class _Lease:
     """A lock on an object store, kept by beats and conditional writes."""
 
@@ -200,47 +255,63 @@ class _Lease:
 
     def take(self) -> str | None:
         """Take the lease; return who holds it if another driver does."""
-        try:
-            written = obstore.put(self._store, LOCK_NAME, self._text(), mode="create")
-        except exceptions.AlreadyExistsError:
-            other = self._take_over()
-            if other is not None:
-                return other
-        else:
-            self._tag = str(written["e_tag"])
-        self._thread.start()
-        return None
+        while True:
+            try:
+                written = obstore.put(self._store, LOCK_NAME, self._text(), mode="create")
+            except exceptions.AlreadyExistsError:
+                try:
+                    other = self._take_over()
+                except FileNotFoundError:  # its holder has ended meanwhile
+                    continue
+                if other is not None:
+                    return other
+            else:
+                self._tag = str(written["e_tag"])
+            self._thread.start()
+            return None
 
     def end(self) -> None:
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(exceptions.BaseError, FileNotFoundError):
-            obstore.delete(self._store, LOCK_NAME)
+        if self._tag:
+            with contextlib.suppress(exceptions.BaseError, FileNotFoundError):
+                obstore.delete(self._store, LOCK_NAME)
 
     def _take_over(self) -> str | None:
         """Take a lease that is not kept any more; return who holds one that is."""
-        tag, holder = self._look()
-        end = time.monotonic() + _LOST_AFTER_S
-        logger.info("waiting %.0f s to see whether %s is alive", _LOST_AFTER_S, holder)
+        seen = self._look()
+        if seen.is_ours:
+            return None
+        tag, end = seen.tag, time.monotonic() + _LOST_AFTER_S
+        logger.info("waiting %.0f s to see whether %s is alive", _LOST_AFTER_S, seen.holder)
         while time.monotonic() < end:
             time.sleep(_BEAT_S / 5)
-            now, holder = self._look()
-            if now != tag:
-                return holder
+            seen = self._look()
+            if seen.tag != tag:
+                return seen.holder
         try:
             written = obstore.put(self._store, LOCK_NAME, self._text(), mode={"e_tag": tag})
         except exceptions.PreconditionError:
-            return self._look()[1]
+            seen = self._look()
+            return None if seen.is_ours else seen.holder
         self._tag = str(written["e_tag"])
         return None
 
-    def _look(self) -> tuple[str, str]:
+    def _look(self) -> "_Seen":
+        """Return what the lease says; keep its tag if it is ours.
+
+        A write whose answer is lost is repeated and then refused: what is there is our own.
+        """
         found = obstore.get(self._store, LOCK_NAME)
+        tag = str(found.meta["e_tag"])
         try:
-            holder = str(json.loads(bytes(found.bytes()))["holder"])
+            beat = json.loads(bytes(found.bytes()))
+            holder, token = str(beat["holder"]), str(beat["token"])
         except (ValueError, KeyError, TypeError):
-            holder = "another patchcache"
-        return str(found.meta["e_tag"]), holder
+            holder, token = "another patchcache", ""
+        is_ours = token == self._token
+        self._tag = tag if is_ours else ""
+        return _Seen(tag, holder, is_ours)
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT_S):
@@ -248,14 +319,23 @@ class _Lease:
                 written = obstore.put(
                     self._store, LOCK_NAME, self._text(), mode={"e_tag": self._tag}
                 )
-            except exceptions.PreconditionError:
-                # Two drivers at work waste work and harm nothing: they write the same bytes.
-                logger.warning("another driver has taken the lock of this cache")
-                return
+                self._tag = str(written["e_tag"])
+            except (exceptions.PreconditionError, FileNotFoundError):
+                if self._is_lost():
+                    # Two drivers at work waste work and harm nothing: they write the same bytes.
+                    logger.warning("another driver has taken the lock of this cache")
+                    return
             except exceptions.BaseError as exc:
                 logger.warning("the lock of the cache could not be kept: %s", _first_line(exc))
-            else:
-                self._tag = str(written["e_tag"])
+
+    def _is_lost(self) -> bool:
+        try:
+            return not self._look().is_ours
+        except FileNotFoundError:
+            self._tag = ""
+            return True
+        except exceptions.BaseError:
+            return False  # the next beat tells
 
     def _text(self) -> bytes:
         self._count += 1
@@ -269,10 +349,15 @@ def _connect(url: str) -> Any:
         return from_url(
             url,
             client_options={"allow_http": True} if plain else None,
-            retry_config={"max_retries": 8},
+            retry_config={"max_retries": _MAX_RETRIES},
         )
     except (exceptions.BaseError, ValueError) as exc:
         raise StorageError(f"{url} cannot be used: {_first_line(exc)}") from exc
+
+
+def _is_passing(exc: StorageError) -> bool:
+    """Say whether a request that failed may succeed when it is repeated."""
+    return isinstance(exc.__cause__, exceptions.GenericError)
 
 
 def _first_line(exc: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import colorsys
+import html
 import io
 import math
 from collections.abc import Sequence
@@ -23,6 +24,13 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 _GOLDEN_RATIO = 0.618034
 _MAX_CURVE_POINTS = 400
 _GREY = 128
+_JPEG_QUALITY = 85
+_SVG_SIDE = 640  # of the longer side of an image, in units of the drawing
+_STROKE = 4
+_TAG = 34  # height of a box's number
+_VIEW_COLOURS = (
+    "#ffd43b", "#4dd4ff", "#ff8fa3", "#8ce99a", "#d0a8ff", "#ffa94d", "#63e6be", "#f3f0e6",
+)  # fmt: skip
 
 
 def view_pixels(cache: TokenCache, sample: CachedSample, view: int) -> Pixels:
@@ -82,6 +90,77 @@ def centroid_sheet(tokenizer: PatchTokenizer, order: Sequence[int], columns: int
     return sheet
 
 
+def jpeg(pixels: Pixels, max_side: int | None = None) -> str:
+    """Return a photograph as a data URI, no side longer than `max_side` pixels.
+
+    A tenth of a PNG's size; for looking at, not for measuring.
+    """
+    image = Image.fromarray(pixels)
+    if max_side is not None:
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def boxes(
+    views: NDArray[np.int32],  # (V, 5): top, left, height, width, hflip
+    image_size: tuple[int, int],
+    picture: str | None,
+    label: str,
+    first_view: int = 0,
+) -> str:
+    """Return an image with its views as numbered boxes, SVG; mirrored views are dashed.
+
+    Args:
+        views: Of the image.
+        image_size: Height and width that the boxes refer to.
+        picture: The image as a data URI, of any resolution; None draws an empty frame.
+        label: What to say to those who do not see it.
+        first_view: Index of the first of `views`.
+    """
+    height, width = image_size
+    scale = _SVG_SIDE / max(height, width)
+    across, down = width * scale, height * scale
+    ground = (
+        f'<image href="{picture}" width="{across:.1f}" height="{down:.1f}"/>'
+        if picture
+        else f'<rect class="blank" width="{across:.1f}" height="{down:.1f}"/>'
+    )
+    frames, tags = [], []
+    for number, (top, left, h, w, hflip) in enumerate(views.tolist(), first_view):
+        colour, dash = view_colour(number), ' stroke-dasharray="14 8"' if hflip else ""
+        x, y, wide, high = (value * scale for value in (left, top, w, h))
+        inset = _STROKE / 2
+        shape = (
+            f'x="{x + inset:.1f}" y="{y + inset:.1f}" width="{max(wide - _STROKE, 1):.1f}" '
+            f'height="{max(high - _STROKE, 1):.1f}" fill="none"'
+        )
+        # Each view has its number in another corner: crops often share one.
+        text = f"{number}\u21c4" if hflip else str(number)
+        tag = _TAG * (1.7 if hflip else 1) * (0.7 + 0.3 * len(str(number)))
+        tag_x = x if number % 2 == 0 else x + wide - tag
+        tag_y = y if number % 4 < 2 else y + high - _TAG
+        frames.append(
+            f'<rect {shape} stroke="#000" stroke-opacity=".55" stroke-width="{_STROKE + 3}"/>'
+            f'<rect {shape} stroke="{colour}" stroke-width="{_STROKE}"{dash}/>'
+        )
+        tags.append(
+            f'<rect x="{tag_x:.1f}" y="{tag_y:.1f}" width="{tag:.1f}" height="{_TAG}" '
+            f'fill="{colour}"/><text x="{tag_x + tag / 2:.1f}" y="{tag_y + _TAG * 0.76:.1f}" '
+            f'text-anchor="middle" fill="#000" font-size="{_TAG * 0.75:.0f}">{text}</text>'
+        )
+    return (
+        f'<svg class="boxes" viewBox="0 0 {across:.1f} {down:.1f}" preserveAspectRatio="xMinYMin" '
+        f'role="img" aria-label="{html.escape(label)}">{ground}{"".join(frames + tags)}</svg>'
+    )
+
+
+def view_colour(number: int) -> str:
+    """Return the colour of a view's box, light enough for black text."""
+    return _VIEW_COLOURS[number % len(_VIEW_COLOURS)]
+
+
 def png(pixels: Pixels, scale: int = 1) -> str:
     """Return a picture as a data URI, enlarged without smoothing."""
     image = Image.fromarray(pixels)
@@ -104,10 +183,16 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> 
     )
 
 
-def usage_curve(counts: NDArray[np.int64]) -> str:
-    """Return token counts (K,), most frequent first, as a chart with a logarithmic axis, SVG.
+def usage_curve(
+    counts: NDArray[np.int64], labels: tuple[str, str] = ("rank of the id", "tokens")
+) -> str:
+    """Return counts (K,), most frequent first, as a chart with a logarithmic axis, SVG.
 
-    A dashed line marks the even share. Ids without a token lie on the axis, at half a token.
+    A dashed line marks the even share. What occurs nowhere lies on the axis, at half a token.
+
+    Args:
+        counts: Of tokens per id, say.
+        labels: Of the two axes.
     """
     ordered = np.sort(counts)[::-1]
     ranks = np.unique(np.linspace(0, len(ordered) - 1, _MAX_CURVE_POINTS).round().astype(int))
@@ -119,7 +204,7 @@ def usage_curve(counts: NDArray[np.int64]) -> str:
         points,
         [(1.0, "1"), *((x, f"{x:,.0f}") for x in (round(last * s / 4) for s in (1, 2, 3, 4)))],
         [(math.log10(0.5), "0"), *((float(power), f"{10**power:,}") for power in powers)],
-        ("rank of the id", "tokens"),
+        labels,
         level=math.log10(max(float(ordered.mean()), 0.5)),
     )
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from cache_builder import files
 from cache_builder.commit import layer_store
@@ -24,6 +24,8 @@ from cache_builder.stores import LOCK_NAME, Store
 
 # What a driver writes before plan.json: plan units, and files under temporary names.
 _EARLY_FILES = re.compile(r"plan|plan/\d{6,}\.json|(plan/)?\.[^/]+\.tmp|" + re.escape(LOCK_NAME))
+
+_MAX_SHOWN = 200  # characters of a setting; the names of two folders differ at their ends
 
 
 class LayerSpec(NamedTuple):
@@ -60,11 +62,13 @@ def settle_plan(
         spec=spec,
         num_units=len(digests),
         units_sha256=_sha256_of(digests),
-        layers=tuple(layer.name for layer in layers),
+        layers=tuple(sorted(layer.name for layer in layers)),
     )
     is_there = store.exists(PLAN_NAME)
     if is_there:
         _refuse_other_plan(store.location, read_model(BuildPlan, store, PLAN_NAME), plan)
+        # What killed writers left may be all that fills a disk.
+        store.sweep()
     else:
         _refuse_foreign_folder(store)
     for unit, digest in zip(units, digests, strict=True):
@@ -159,9 +163,21 @@ def _differences(prefix: str, old: object, new: object) -> Iterator[tuple[str, o
             path = f"{prefix}.{name}".removeprefix(".spec").removeprefix(".")
             yield from _differences(path, before.get(name), after.get(name))
     elif old != new:
-        yield prefix, old, new
+        if _are_names(old) and _are_names(new) and set(old) != set(new):
+            # Of a thousand class names, those that the other does not have.
+            yield (
+                prefix,
+                [name for name in old if name not in new],
+                [name for name in new if name not in old],
+            )
+        else:
+            yield prefix, old, new
+
+
+def _are_names(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _short(value: object) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."

@@ -2,9 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 _POLL_S = 0.1
@@ -51,3 +54,40 @@ def read_ahead(items: Iterable[_T], depth: int) -> Iterator[_T]:
     finally:
         stopped.set()
         thread.join()
+
+
+def map_ahead(
+    function: Callable[[_S], _T],
+    items: Iterable[_S],
+    depth: int,
+    *,
+    threads: int | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> Iterator[_T]:
+    """Yield `function(item)` of every item in order, up to `depth` of them made ahead in threads.
+
+    It pays where the function waits for a network or releases the interpreter's lock. What it
+    raises is raised here, in the item's turn. Results that nobody takes any more are dropped.
+
+    Args:
+        function: Called in the threads.
+        items: Gone through in this thread.
+        depth: How many results are made ahead.
+        threads: How many are made at once; None is `depth`.
+        prepare: Called once in every thread.
+    """
+    waiting: deque[Future[_T]] = deque()
+    executor = ThreadPoolExecutor(threads or depth, "map-ahead", prepare or _nothing)
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _nothing() -> None:
+    pass

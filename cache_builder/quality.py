@@ -5,6 +5,7 @@ how many tokens were looked at; compare them at equal numbers only.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,12 +102,33 @@ def neighbour_agreement(token_ids: NDArray[Any]) -> Agreement:
     horizontal = token_ids[:, :, 1:] == token_ids[:, :, :-1]
     vertical = token_ids[:, 1:] == token_ids[:, :-1]
     num_patches = token_ids.shape[1] * token_ids.shape[2]
-    pairs = [
-        float((n * (n - 1)).sum()) / (num_patches * (num_patches - 1))
-        for n in (np.unique(ids, return_counts=True)[1] for ids in token_ids)
-        if num_patches > 1
-    ]
-    return Agreement(_mean(horizontal), _mean(vertical), _mean(np.array(pairs)))
+    num_pairs = len(token_ids) * num_patches * (num_patches - 1)
+    # In sorted rows equal ids are runs.
+    ordered = np.sort(token_ids.reshape(len(token_ids), num_patches), axis=1)
+    begins = np.ones(ordered.shape, bool)
+    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    runs = np.diff(np.append(np.flatnonzero(begins), ordered.size))
+    shuffled = float((runs * (runs - 1)).sum()) / num_pairs if num_pairs else math.nan
+    return Agreement(_mean(horizontal), _mean(vertical), shuffled)
+
+
+def mean_agreement(parts: Sequence[tuple[int, Agreement]]) -> Agreement:
+    """Return the agreement of several sets of images of one grid, each with its number of images.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    total = sum(num_images for num_images, _ in parts)
+    if not total:
+        raise ValueError("no images have no agreement")
+    columns = zip(*(agreement for _, agreement in parts), strict=True)
+    sizes = [num_images for num_images, _ in parts]
+    return Agreement(
+        *(
+            math.fsum(n * v for n, v in zip(sizes, column, strict=True)) / total
+            for column in columns
+        )
+    )
 
 
 def _mean(values: NDArray[Any]) -> float:

@@ -45,7 +45,7 @@ class ClusterOptions(NamedTuple):
     """Where the work runs."""
 
     address: str | None = None  # None: a cluster of this machine alone, for this job alone
-    num_workers: int | None = None  # None: one per CPU of the cluster
+    num_workers: int | None = None  # None: one per CPU of the cluster; 0: here, without Ray
     gpus_per_worker: float = 0
 
 
@@ -63,6 +63,10 @@ def map_units(
         PatchCacheError: What a worker raised.
         ConfigError: The cluster cannot be reached.
     """
+    if options.num_workers == 0:
+        worker = make_worker()
+        yield from map(worker.run, units)
+        return
     with _cluster(options.address) as ray:
         num_cpus = int(ray.cluster_resources().get("CPU", 1))
         num_workers = options.num_workers or num_cpus

@@ -36,7 +36,7 @@ from cache_builder.points import PointSet
 from cache_builder.prefetch import read_ahead
 from cache_builder.ray_jobs import ClusterOptions, map_units
 from cache_builder.sample_store import UnitSample
-from cache_builder.sources import Listing, open_source
+from cache_builder.sources import Listing, image_bytes, open_source
 from cache_builder.tokenizers.features import FeatureExtractor, extract_features, load_extractor
 from cache_builder.tokenizers.tokenizer import choose_device
 
@@ -271,7 +271,7 @@ class SampleWorker:
         batch = []
         for row, data in self._source.read(unit):
             try:
-                pixels = decode(data)
+                pixels = decode(image_bytes(data))
             except ImageError as exc:
                 logger.warning("left out %s: %s", row.source, exc)
                 continue

@@ -217,8 +217,9 @@ class LocalStore:
         path = self.root / LOCK_NAME
         handle = _lock_file(path)
         try:
-            os.truncate(handle, 0)
-            os.pwrite(handle, holder.encode(), 0)
+            with files.naming(path):
+                os.truncate(handle, 0)
+                os.pwrite(handle, holder.encode(), 0)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -255,8 +256,9 @@ def _lock_file(path: Path) -> int:
             os.close(handle)
             raise in_use(str(path.parent), other) from None
         # Its last holder may have removed it between our opening and our locking.
-        if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
-            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
         os.close(handle)
 
 

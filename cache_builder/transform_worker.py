@@ -9,6 +9,9 @@ from collections import Counter
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache_builder.arrangement import ArrangedUnit, Place
 from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
 from cache_builder.errors import ArtifactError
@@ -62,6 +65,7 @@ class TransformWorker:
         self._task = task
         self._caches: dict[tuple[int, str], TokenCache] = {}
         self._checked: set[tuple[int, str, int]] = set()
+        self._image_sizes: dict[tuple[int, str, int], NDArray[np.int32]] = {}
         self._out = open_store(task.out)
 
     def run(self, unit: ArrangedUnit) -> TransformReport:
@@ -119,8 +123,16 @@ class TransformWorker:
             sample=_first_views(sample, spec.view_spec.num_views)._replace(label=row.label),
             image_extension="" if sample.image is None else image_extension(sample.image),
             source=row.source,
-            image_size=cache.shard(place.shard).image_size(place.row),
+            image_size=self._image_size(place, fingerprint),
         )
+
+    def _image_size(self, place: Place, fingerprint: str) -> tuple[int, int]:
+        where = (place.cache, fingerprint, place.shard)
+        if where not in self._image_sizes:
+            columns = self._cache(place.cache, fingerprint).shard(place.shard).columns()
+            self._image_sizes[where] = columns.image_sizes
+        height, width = self._image_sizes[where][place.row].tolist()
+        return height, width
 
     def _totals(
         self, places: tuple[Place, ...], fingerprint: str, spec: CacheSpec

@@ -6,11 +6,10 @@ the same bytes wherever and whenever it is built.
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +30,8 @@ from cache_builder.formats.views import View, draw_views
 from cache_builder.formats.zarr_store import RowWriter
 from cache_builder.image_types import image_extension
 from cache_builder.imaging import apply_view, decode, shrink
+from cache_builder.prefetch import map_ahead
+from cache_builder.sources import image_bytes
 from cache_builder.stores import Store
 from cache_builder.targets import TargetMaker
 from cache_builder.tokenizers import PatchTokenizer
@@ -38,9 +39,6 @@ from cache_builder.tokenizers import PatchTokenizer
 logger = logging.getLogger(__name__)
 
 _IMAGES_PER_BATCH = 16
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class Target(NamedTuple):
@@ -55,7 +53,7 @@ class Picture(NamedTuple):
     """An encoded image on its way into a cache."""
 
     row: PlanRow
-    data: bytes
+    data: bytes | ImageError  # or why it is not read
 
 
 def build_unit(
@@ -106,7 +104,7 @@ def build_unit(
         writers = [_open_writer(target, unit) for target in targets]
         for writer in writers:
             stack.enter_context(writer)
-        drawn = _kept(_map_in_order(cut, pictures, decode_threads), found)
+        drawn = _kept(_map(cut, pictures, decode_threads), found)
         while batch := list(islice(drawn, _IMAGES_PER_BATCH)):
             for number, (maker, writer) in enumerate(zip(makers, writers, strict=True)):
                 for new in _tokenise(batch, number, specs[number], maker):
@@ -125,11 +123,11 @@ class _Cut(NamedTuple):
     extension: str
     image_size: tuple[int, int]
     views: list[np.ndarray]  # of every target, (V, 5) int32
-    pixels: list[Tensor]  # of every target, (V, 3, S, S)
+    pixels: list[list[Tensor]]  # of every target, V of (3, S, S)
 
 
 def _cut(picture: Picture, specs: list[CacheSpec], shrink_to: tuple[int, int] | None) -> _Cut:
-    data = picture.data
+    data = image_bytes(picture.data)
     if shrink_to is not None:
         # The tokens must be those of the pixels that the trainer will see.
         data = shrink(data, *shrink_to)
@@ -146,7 +144,7 @@ def _cut(picture: Picture, specs: list[CacheSpec], shrink_to: tuple[int, int] | 
                     pixels, view, rule.size, rule.interpolation
                 )
         views.append(np.array(drawn, np.int32))
-        crops.append(torch.stack([resized[view, rule.size, rule.interpolation] for view in drawn]))
+        crops.append([resized[view, rule.size, rule.interpolation] for view in drawn])
     return _Cut(picture.row, data, image_extension(data), image_size, views, crops)
 
 
@@ -154,7 +152,7 @@ def _tokenise(
     batch: list[_Cut], number: int, spec: CacheSpec, maker: TargetMaker
 ) -> Iterator[NewSample]:
     try:
-        made = maker.make(torch.cat([image.pixels[number] for image in batch]))
+        made = maker.make(torch.stack([view for image in batch for view in image.pixels[number]]))
     except ConfigError as exc:
         raise ConfigError(f"{batch[0].row.key} to {batch[-1].row.key}: {exc}") from exc
     embedded = spec.images_in_cache != "none"
@@ -164,6 +162,7 @@ def _tokenise(
             image=image.data if embedded else None,
             label=image.row.label,
             views=image.views[number],
+            extra=image.row.extra,
             **targets._asdict(),
         )
         extension = image.extension if embedded else ""
@@ -179,22 +178,19 @@ def _kept(images: Iterable[_Cut | SkippedSample], skipped: list[SkippedSample]) 
             yield image
 
 
-def _map_in_order(function: Callable[[_T], _R], items: Iterable[_T], threads: int) -> Iterator[_R]:
-    """Yield the results in order, a few of them made ahead in threads if there is more than one."""
+def _map(
+    cut: Callable[[Picture], _Cut | SkippedSample], pictures: Iterable[Picture], threads: int
+) -> Iterable[_Cut | SkippedSample]:
     if threads == 1:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[_R]] = deque()
-    with ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= _IMAGES_PER_BATCH + 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return map(cut, pictures)
+    # The threads are the parallelism; threads of torch within them would fight for cores.
+    return map_ahead(
+        cut,
+        pictures,
+        _IMAGES_PER_BATCH + 2 * threads,
+        threads=threads,
+        prepare=partial(torch.set_num_threads, 1),
+    )
 
 
 def _open_writer(target: Target, unit: int) -> ShardWriter | RowWriter:

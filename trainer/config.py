@@ -42,6 +42,10 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
     images: str | None = Field(
         None, description="where the images lie, for a cache built with --images-in-cache none"
     )
+    tokenizer: str | None = Field(
+        None,
+        description="fingerprint, or how it begins, of one of several tokenizers of the cache",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

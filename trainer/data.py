@@ -123,6 +123,7 @@ class CachedViews:
         image_size: int,
         images: str | None = None,
         views: Literal["by epoch", "first"] = "by epoch",
+        tokenizer: str | None = None,
     ) -> None:
         """Say what to read; nothing is opened yet.
 
@@ -131,11 +132,13 @@ class CachedViews:
             image_size: Side of the pictures in a batch, pixels.
             images: Where the images lie, for a cache that holds none and whose images have moved.
             views: `by epoch` is `view_index`, `first` the centred square.
+            tokenizer: Fingerprint of one of several tokenizers of the cache; None is the first.
         """
         self._cache_path = cache_path
         self._image_size = image_size
         self._images = images
         self._views = views
+        self._tokenizer = tokenizer
         self._opened: TokenCache | None = None
         self._join: ImageJoin | None = None
 
@@ -184,7 +187,7 @@ class CachedViews:
     @property
     def _cache(self) -> TokenCache:
         if self._opened is None:
-            self._opened = TokenCache.open(self._cache_path)
+            self._opened = TokenCache.open(self._cache_path, self._tokenizer)
         return self._opened
 
     def _pixels(self, sample: CachedSample, shard: int, index: int) -> Tensor:

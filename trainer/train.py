@@ -23,7 +23,7 @@ import torch
 
 from cache_builder import files
 from cache_builder.errors import ConfigError, NotFiniteError
-from cache_builder.formats import CacheManifest
+from cache_builder.formats import CacheManifest, TokenCache
 from trainer import checkpoint as checkpoints
 from trainer import pixels
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
@@ -81,7 +81,8 @@ def run(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after counts steps from 1; it cannot be {stop_after}.")
     out_dir = Path(out_dir)
-    manifest = CacheManifest.load(cache_path)
+    with TokenCache.open(cache_path, config.data.tokenizer) as cache:
+        manifest = cache.manifest
     trainer = Trainer(config, manifest, CacheIdentity.of(cache_path, manifest), out_dir)
     newest = checkpoints.latest(out_dir)
     if newest is not None:
@@ -146,7 +147,10 @@ class Trainer:
         config = self.config
         files.sweep(self._out_dir)
         dataset = CachedViews(
-            cache_path, image_size=self._spec.image_size, images=config.data.images
+            cache_path,
+            image_size=self._spec.image_size,
+            images=config.data.images,
+            tokenizer=config.data.tokenizer,
         )
         batches = read_batches(
             dataset,

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cache_builder import pages, pictures
+from cache_builder import cache_survey, pages, pictures
 from cache_builder.formats.cache import TokenCache
-from cache_builder.inspection import survey
 from cache_builder.quality import psnr, usage
 from cache_builder.tokenizers import PatchTokenizer
 
@@ -98,7 +97,7 @@ def _images_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
 
 
 def _codebook_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
-    counts, _ = survey(cache)
+    counts = cache_survey.run(cache).counts[0]
     measured = usage(counts)
     order = np.argsort(-counts, kind="stable")
     sheet = pictures.centroid_sheet(tokenizer, order[:256].tolist(), _SHEET_COLUMNS)

@@ -1,6 +1,6 @@
 """The one reader of finished caches, whichever layout they have."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_builder.errors import ArtifactError, TokenizerMismatchError
+from cache_builder.formats import zarr_store
 from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.columns import ShardColumns, no_columns
 from cache_builder.formats.manifest import (
     CacheManifest,
     CacheSpec,
@@ -51,8 +53,8 @@ class Shard(Protocol):
     def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
         """Return one sample with these optional payloads; None means all."""
 
-    def image_size(self, row: int) -> tuple[int, int]:
-        """Return (height, width) of the decoded picture of one sample."""
+    def columns(self) -> ShardColumns:
+        """Return the targets of all samples as arrays."""
 
     def close(self) -> None:
         """Release the files."""
@@ -190,6 +192,40 @@ class TokenCache:
         for row in range(skip, len(self.shard(index))):
             yield self.read(index, row, payloads)
 
+    def columns(self, index: int) -> ShardColumns:
+        """Return the targets of one shard as arrays; its images are not read.
+
+        Raises:
+            ArtifactError: The shard is damaged, or an array has another shape than it says.
+        """
+        num_views = self.manifest.view_spec.num_views
+        if not self.manifest.shards[index].num_samples:
+            return no_columns((num_views, 5), self._tokens_shape)
+        columns = self.shard(index).columns()
+        if columns.views.shape[1:] != (num_views, 5):
+            raise ArtifactError(
+                f"{self.location}: views of shard {index} are {columns.views.shape[1:]}, expected "
+                f"{(num_views, 5)}. Run `patchcache verify {self.location}`."
+            )
+        shape, found = self._tokens_shape, columns.token_ids
+        if found.shape[1:] != shape or found.dtype != _TOKEN_TYPE:
+            raise ArtifactError(
+                f"{self.location}: token ids of shard {index} are {found.shape[1:]} {found.dtype}, "
+                f"expected {shape} {_TOKEN_TYPE}. Run `patchcache verify {self.location}`."
+            )
+        return columns
+
+    def part_bytes(self, index: int) -> Counter[str]:
+        """Return what the parts of one shard take, bytes without tar headers.
+
+        Parts are image, tokens, views, soft, features, and info for all the rest.
+        """
+        if self.manifest.spec.layout == "zarr":
+            images = self._images.shards[index].files if self._images else ()
+            kept = Counter({"image": zarr_store.part_bytes(images)["image"]})
+            return zarr_store.part_bytes(self.manifest.shards[index].files) + kept
+        return _part_bytes(self.shard(index))
+
     def damage(self, index: int) -> str | None:
         """Digest the files of one shard; say what is wrong with them, or None."""
         images = [] if self._images is None else [_Part(self.store, self._images)]
@@ -296,8 +332,25 @@ class _Layers:
         }
         return first._replace(image=image, **joined)
 
-    def image_size(self, row: int) -> tuple[int, int]:
-        return self._parts[0].image_size(row)
+    def columns(self) -> ShardColumns:
+        first, *others = (part.columns() for part in self._parts)
+        for other in others:
+            if other.keys != first.keys:
+                raise ArtifactError(
+                    f"{self._location}: a layer has other samples than another part. "
+                    f"Run `patchcache verify {self._location}`."
+                )
+        every = (first, *others)
+        return first._replace(
+            views=np.concatenate([columns.views for columns in every], 1),
+            token_ids=np.concatenate([columns.token_ids for columns in every], 1),
+        )
+
+    def part_bytes(self) -> Counter[str]:
+        sizes = sum((_part_bytes(part) for part in self._parts), Counter[str]())
+        if self._images is not None:
+            sizes["image"] = _part_bytes(self._images)["image"]
+        return sizes
 
     def close(self) -> None:
         for part in (*self._parts, *([self._images] if self._images else [])):
@@ -309,6 +362,10 @@ class _Layers:
                 f"{self._location}: a layer has {other.key} where another part has {first.key}. "
                 f"Run `patchcache verify {self._location}`."
             )
+
+
+def _part_bytes(shard: Shard) -> Counter[str]:
+    return shard.part_bytes() if isinstance(shard, TarShard | _Layers) else Counter()
 
 
 def _joined(arrays: list[NDArray[Any] | None]) -> NDArray[Any] | None:

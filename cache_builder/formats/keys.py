@@ -16,6 +16,8 @@ _ESCAPE = re.compile(rb"_-([0-9A-F]{2})")
 
 def escape_key(name: str) -> str:
     """Return the key of a sample called `name` (a path without its image extension)."""
+    if KEY_PATTERN.fullmatch(name) and "_-" not in name:
+        return name
     raw = name.encode("utf-8", "surrogateescape").replace(b"_-", b"_-5F-")
     return "".join(chr(byte) if byte in _PLAIN else f"_-{byte:02X}" for byte in raw)
 

@@ -14,8 +14,8 @@ Nothing about a cache is inferred from file names, listing order or times. If a 
 know it, it is a field here. No field depends on when, where or how fast the build ran: the same
 inputs give the same bytes.
 
-Fields of payloads that a cache does not have (`soft`, `features`) are left out of the files, not
-written as null.
+Fields of what a cache does not have (`soft`, `features`, `has_extra`, `extra`, ...) are left out of
+the files, not written as null.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ SKIPPED_NAME = "skipped.jsonl"
 
 Layout = Literal["webdataset", "zarr"]
 ImagesInCache = Literal["original", "resized", "none"]
-SourceKind = Literal["folder", "webdataset", "cache"]
+SourceKind = Literal["folder", "webdataset", "zip", "parquet", "list", "cache"]
 
 Content = bytes  # where a field of that name hides the type
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -65,24 +65,27 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
 
     kind: SourceKind
     location: str = Field(
-        description="folder, or tar path with brace patterns, as an absolute path"
+        description="absolute path or URL of a folder, or of files with brace patterns"
     )
     num_samples: int = Field(ge=0)
 
 
-_OPTIONAL = ("soft", "features", "layers", "store_files")
+_LEFT_OUT_UNSET = frozenset({"soft", "features", "has_extra", "layers", "store_files"})
+_LEFT_OUT_OF_ROWS = ("extra", "refused", "span")
 
 
-class _OptionalPayloads(BaseModel, frozen=True, extra="forbid"):
-    """A model some of whose fields are written only where they are set."""
+class _LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
+    """A model whose fields that not every cache has are written only where they are set."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if value or name not in _OPTIONAL}
+        return {
+            name: value for name, value in fields.items() if value or name not in _LEFT_OUT_UNSET
+        }
 
 
-class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
+class CacheSpec(_LeavesOutUnset, frozen=True, extra="forbid"):
     """The settings of a build: two builds with equal specs and sources give equal bytes."""
 
     fingerprint: str = Field(description="identity of the tokenizer")
@@ -99,6 +102,7 @@ class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
     class_names: tuple[str, ...] = Field((), description="name of label 0, 1, ...")
     soft: SoftSpec | None = Field(None, description="of the payload `soft`")
     features: FeatureSpec | None = Field(None, description="of the payload `features`")
+    has_extra: bool = Field(False, description="samples carry further columns of the source")
 
     @property
     def tokens_shape(self) -> tuple[int, ...]:
@@ -120,7 +124,7 @@ class CacheSpec(_OptionalPayloads, frozen=True, extra="forbid"):
         return ("tokens", "views", *image, *soft, *features)
 
 
-class BuildPlan(_OptionalPayloads, frozen=True, extra="forbid"):
+class BuildPlan(_LeavesOutUnset, frozen=True, extra="forbid"):
     """`plan.json`: which build this directory belongs to."""
 
     format_version: int = FORMAT_VERSION
@@ -134,16 +138,41 @@ class PlanRow(BaseModel, frozen=True, extra="forbid"):
     """One sample to tokenise."""
 
     key: str
-    source: str = Field(description="path within the folder, or member name within the tar")
+    source: str = Field(
+        description="path within the folder, line of the list, member name within the tar or zip, "
+        "or row of the Parquet file and the path that it gives"
+    )
     label: int | None = None
+    extra: dict[str, JsonValue] = Field(
+        default_factory=dict, description="further columns of the source"
+    )
+    refused: str = Field("", description="why the image is not read; empty: it is")
+    span: tuple[int, int] | None = Field(
+        None, description="offset and bytes of a tar member's content, or of a zip member"
+    )
 
 
 class PlanUnit(BaseModel, frozen=True, extra="forbid"):
     """`plan/NNNNNN.json`: one unit of work."""
 
     unit: int = Field(ge=0)
-    container: str = Field("", description="the tar that holds the images; empty for a folder")
+    container: str = Field(
+        "", description="tar, zip or Parquet file with the images; empty for a folder or list"
+    )
+    container_bytes: int | None = Field(None, description="its size when it was listed")
     rows: tuple[PlanRow, ...]
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset_of_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        if fields["container_bytes"] is None:
+            del fields["container_bytes"]
+        # Not by a serializer of the row: called a million times, it takes longer than the listing.
+        for row in fields["rows"]:
+            for name in _LEFT_OUT_OF_ROWS:
+                if not row[name]:
+                    del row[name]
+        return fields
 
 
 class FileDigest(BaseModel, frozen=True, extra="forbid"):
@@ -200,7 +229,7 @@ class SampleEntry(BaseModel, frozen=True, extra="forbid"):
     members: dict[str, tuple[int, int]]
 
 
-class UnitRecord(_OptionalPayloads, frozen=True, extra="forbid"):
+class UnitRecord(_LeavesOutUnset, frozen=True, extra="forbid"):
     """`units/NNNNNN.json`: the commit record of one unit."""
 
     format_version: int = FORMAT_VERSION
@@ -254,7 +283,7 @@ class LayerInfo(BaseModel, frozen=True, extra="forbid"):
     manifest: FileDigest
 
 
-class CacheManifest(_OptionalPayloads, frozen=True, extra="forbid"):
+class CacheManifest(_LeavesOutUnset, frozen=True, extra="forbid"):
     """`manifest.json`: what a finished cache holds."""
 
     format_version: int = FORMAT_VERSION

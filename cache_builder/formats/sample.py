@@ -1,10 +1,13 @@
 """One sample of a cache, as every layout stores it and every reader returns it."""
 
+import functools
 import io
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from cache_builder.errors import ArtifactError, ConfigError
 from cache_builder.formats.payloads import restore_features
@@ -23,6 +26,7 @@ class CachedSample(NamedTuple):
     soft_probs: NDArray[np.float16] | None = None  # (V, rows, cols, k)
     features: NDArray[Any] | None = None  # (V, rows, cols, D) float16 or int8
     feature_scales: NDArray[np.float32] | None = None  # (V, rows, cols), of int8 features
+    extra: Mapping[str, JsonValue] = {}  # further columns of the source; the default is shared
 
     def float_features(self) -> NDArray[np.float32]:
         """Return the stored features as float32, (V, rows, cols, D).
@@ -49,8 +53,15 @@ class NewSample(NamedTuple):
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
     """Return `array` as the content of a .npy file."""
+    return _npy_header(array.shape, array.dtype) + array.tobytes()
+
+
+@functools.lru_cache(maxsize=64)
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    # It takes numpy longer than the array itself, and is the same for every sample.
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 
 

@@ -1,7 +1,7 @@
 """The WebDataset layout: a unit of samples as one plain tar.
 
     {key}.jpg           the image, in its own format (absent with --images-in-cache none)
-    {key}.json          label, source path, height and width of the decoded picture
+    {key}.json          label, source path, height and width of the decoded picture, `extra`
     {key}.tokens.npy    (V, rows, cols[, M]) uint16 token ids
     {key}.views.npy     (V, 5) int32 boxes: top, left, height, width, hflip
     {key}.soft_ids.npy ...      optional payloads, as `payloads` lists them
@@ -21,8 +21,11 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Self
 
+import numpy as np
+
 from cache_builder import files
 from cache_builder.errors import ArtifactError
+from cache_builder.formats.columns import NO_LABEL, ShardColumns, npy_column
 from cache_builder.formats.manifest import FileDigest, SampleEntry, UnitRecord, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample, from_npy, npy_bytes
@@ -33,7 +36,10 @@ VIEWS = "views.npy"
 INFO = "json"
 
 _ARRAY_OF_EXTENSION = {f"{name}.npy": name for name in PAYLOAD_OF_ARRAY}
+_PART_OF_EXTENSION = {INFO: "info", TOKENS: "tokens", VIEWS: "views"}
 _BLOCK_BYTES = 512
+_READ_BYTES = 1 << 22  # at a time, where no images lie between the targets
+_GAP_BYTES = 1 << 12  # that are rather read than jumped over
 
 
 def shard_name(unit: int) -> str:
@@ -194,29 +200,86 @@ class TarShard:
                 for extension, place in wanted.items()
                 if (payload := payload_of(extension)) is None or payload in payloads
             }
-        start = min(offset for offset, _ in wanted.values())
-        stop = max(offset + size for offset, size in wanted.values())
-        data = self._file.read(start, stop - start)
-        if len(data) < stop - start:
-            raise ArtifactError(
-                f"{self._path} ends before sample {entry.key}. "
-                f"Run `patchcache verify {self._store.location}`."
-            )
+        start, stop = _span(wanted.values())
+        data = self._bytes(start, stop, entry.key)
         members = {
             extension: data[offset - start : offset - start + size]
             for extension, (offset, size) in wanted.items()
         }
         return _sample(entry.key, members, self._path)
 
-    def image_size(self, row: int) -> tuple[int, int]:
-        """Return (height, width) of the decoded picture of one sample."""
-        entry = self._entries[row]
-        offset, size = entry.members.get(INFO, (0, 0))
-        try:
-            info = json.loads(self._file.read(offset, size))
-            return int(info["height"]), int(info["width"])
-        except (ValueError, KeyError, TypeError) as exc:
-            raise ArtifactError(f"{self._path}: {entry.key}.{INFO} is damaged ({exc}).") from exc
+    def columns(self) -> ShardColumns:
+        """Return the targets of all samples; images, soft targets and features are not read.
+
+        Raises:
+            ArtifactError: A member is missing or damaged.
+        """
+        wanted = (INFO, TOKENS, VIEWS)
+        columns: dict[str, list[bytes]] = {extension: [] for extension in wanted}
+        for start, stop, entries in self._stretches(wanted):
+            data = self._bytes(start, stop, entries[0].key)
+            for entry in entries:
+                for extension in wanted:
+                    offset, size = entry.members[extension]
+                    columns[extension].append(data[offset - start : offset - start + size])
+        infos = []
+        for entry, text in zip(self._entries, columns[INFO], strict=True):
+            try:
+                info = json.loads(text)
+                label = info.get("label")
+                infos.append((NO_LABEL if label is None else label, info["height"], info["width"]))
+            except (ValueError, KeyError, AttributeError) as exc:
+                raise ArtifactError(
+                    f"{self._path}: {entry.key}.{INFO} is damaged ({exc})."
+                ) from exc
+        numbers = np.array(infos, np.int64).reshape(-1, 3)
+        return ShardColumns(
+            keys=self.keys,
+            labels=numbers[:, 0],
+            image_sizes=numbers[:, 1:].astype(np.int32),
+            views=npy_column(columns[VIEWS], f"{self._path}: {VIEWS}"),
+            token_ids=npy_column(columns[TOKENS], f"{self._path}: {TOKENS}"),
+        )
+
+    def part_bytes(self) -> Counter[str]:
+        """Return the size of every kind of member, in bytes without tar headers."""
+        sizes = Counter[str]()
+        for entry in self._entries:
+            for extension, (_, size) in entry.members.items():
+                part = _PART_OF_EXTENSION.get(extension) or payload_of(extension) or "info"
+                sizes[part] += size
+        return sizes
+
+    def _stretches(self, wanted: Collection[str]) -> Iterator[tuple[int, int, list[SampleEntry]]]:
+        """Yield what to read at a time: start, stop, and the samples whose members lie within."""
+        start, stop, entries = 0, 0, list[SampleEntry]()
+        for entry in self._entries:
+            missing = set(wanted) - entry.members.keys()
+            if missing:
+                raise ArtifactError(
+                    f"{self._path}: sample {entry.key} has no {', '.join(sorted(missing))}. "
+                    "This tar was not written by `patchcache build`, or it is damaged."
+                )
+            begin, end = _span(entry.members[extension] for extension in wanted)
+            near = stop <= begin <= stop + _GAP_BYTES and end - start <= _READ_BYTES
+            if entries and not near:
+                yield start, stop, entries
+                entries = []
+            if not entries:
+                start = begin
+            stop = end
+            entries.append(entry)
+        if entries:
+            yield start, stop, entries
+
+    def _bytes(self, start: int, stop: int, key: str) -> bytes:
+        data = self._file.read(start, stop - start)
+        if len(data) < stop - start:
+            raise ArtifactError(
+                f"{self._path} ends before sample {key}. "
+                f"Run `patchcache verify {self._store.location}`."
+            )
+        return data
 
     def close(self) -> None:
         """Close the tar."""
@@ -241,12 +304,20 @@ def _payload_bytes(entries: Iterable[SampleEntry]) -> Counter[PayloadName]:
     return sizes
 
 
+def _span(places: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the first and the last byte, exclusive, of (offset, size) places."""
+    found = list(places)
+    return min(start for start, _ in found), max(start + size for start, size in found)
+
+
 def _members(new: NewSample) -> dict[str, bytes]:
     sample = new.sample
     height, width = new.image_size
     info: dict[str, Any] = {"height": height, "width": width, "source": new.source}
     if sample.label is not None:
         info["label"] = sample.label
+    if sample.extra:
+        info["extra"] = dict(sample.extra)
     image = {} if sample.image is None else {new.image_extension: sample.image}
     return {
         **image,
@@ -270,7 +341,8 @@ def _sample(key: str, members: dict[str, bytes], path: object) -> CachedSample:
         )
     images = [data for extension, data in members.items() if payload_of(extension) == "image"]
     try:
-        label = json.loads(members[INFO]).get("label")
+        info = json.loads(members[INFO])
+        label, extra = info.get("label"), info.get("extra", {})
     except (ValueError, AttributeError) as exc:
         raise ArtifactError(f"{path}: {key}.{INFO} is damaged ({exc}).") from exc
     return CachedSample(
@@ -279,6 +351,7 @@ def _sample(key: str, members: dict[str, bytes], path: object) -> CachedSample:
         label=label,
         views=from_npy(members[VIEWS], f"{path}: {key}.{VIEWS}"),
         token_ids=from_npy(members[TOKENS], f"{path}: {key}.{TOKENS}"),
+        extra=extra,
         **{
             name: from_npy(members[extension], f"{path}: {key}.{extension}")
             for extension, name in _ARRAY_OF_EXTENSION.items()

@@ -7,6 +7,7 @@
     keys, source  (n,) string
     image_spans   (n, 2) int64             start and stop of the image's bytes in images/NNNNNN
     images/NNNNNN (bytes,) uint8           the images of a unit, end to end, one uncompressed chunk
+    extra         (n,) string              JSON of further columns, where the source has any
     soft_ids ...  (n, ...)                 optional payloads, as `payloads` lists them
 
 Unit u owns the rows [u * unit_size, (u + 1) * unit_size); its samples come first, the rest is
@@ -18,17 +19,19 @@ A reader holds the token ids of a unit in memory, which are small. Soft targets 
 not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
 """
 
+import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_builder import files
 from cache_builder.errors import ArtifactError
+from cache_builder.formats.columns import ShardColumns
 from cache_builder.formats.manifest import CacheSpec, FileDigest, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import CachedSample, NewSample
@@ -38,6 +41,7 @@ STORE_NAME = "tokens.zarr"
 ABSENT = 65_535
 
 _UNREADABLE = (OSError, KeyError, ValueError, RuntimeError)  # what zarr raises of damage
+_PART_OF_ARRAY = {"tokens": "tokens", "views": "views", "images": "image"}
 _MAX_CHUNK_ROWS = 256
 _MAX_PAYLOAD_CHUNK_BYTES = 1 << 20
 
@@ -63,8 +67,8 @@ def metadata_files(spec: CacheSpec, num_units: int) -> tuple[FileDigest, ...]:
     """Return what `create_store` writes; nothing for caches of another layout."""
     if spec.layout != "zarr":
         return ()
-    files = sorted(_metadata(spec, num_units).items())
-    return tuple(FileDigest.of_content(name, data) for name, data in files)
+    metadata = sorted(_metadata(spec, num_units).items())
+    return tuple(FileDigest.of_content(name, data) for name, data in metadata)
 
 
 class RowWriter:
@@ -198,6 +202,18 @@ def _payload_bytes(written: Iterable[FileDigest]) -> Counter[PayloadName]:
     return sizes
 
 
+def part_bytes(stored: Iterable[FileDigest]) -> Counter[str]:
+    """Return the size of every kind of array among the files of one unit, in bytes."""
+    sizes = Counter[str]()
+    for file in stored:
+        _, name, *_, last = PurePosixPath(file.path).parts
+        part = _PART_OF_ARRAY.get(name) or PAYLOAD_OF_ARRAY.get(name)
+        if part is None or last == "zarr.json":
+            part = "info"
+        sizes[part] += file.bytes
+    return sizes
+
+
 class ZarrShard:
     """The samples of one unit: token ids in memory, the rest read when it is asked for."""
 
@@ -213,12 +229,13 @@ class ZarrShard:
         self._images: RandomReader | None = None
         self._name = f"{STORE_NAME}/images/{unit:06d}/c/0"
         try:
-            self._group = group = open_group(store)
-            self._rows = rows
+            group = open_group(store)
             self._tokens: NDArray[np.uint16] = group["tokens"][rows]
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
             self._keys: list[str] = group["keys"][rows].tolist()
+            self._size_rows = group["sizes"], rows
+            self._extra: list[str] = group["extra"][rows].tolist() if spec.has_extra else []
             # A unit whose images were all skipped has no image file.
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
@@ -248,6 +265,7 @@ class ZarrShard:
                 for name, (payload, chunks) in self._payloads.items()
                 if payloads is None or payload in payloads
             }
+            extra = json.loads(self._extra[row] or "{}") if self._extra else {}
         except _UNREADABLE as exc:
             raise self._damaged(exc) from exc
         return CachedSample(
@@ -256,26 +274,28 @@ class ZarrShard:
             label=None if label < 0 else label,
             views=self._views[row],
             token_ids=self._tokens[row],
+            extra=extra,
             **arrays,
         )
 
-    def image_size(self, row: int) -> tuple[int, int]:
-        """Return (height, width) of the decoded picture of one sample."""
-        height, width = self._sizes[row]
-        return height, width
+    def columns(self) -> ShardColumns:
+        """Return the targets of all samples; images, soft targets and features are not read.
+
+        Raises:
+            ArtifactError: The sizes of the images cannot be read.
+        """
+        sizes, rows = self._size_rows
+        try:
+            image_sizes = sizes[rows]
+        except _UNREADABLE as exc:
+            raise self._damaged(exc) from exc
+        labels = np.array(self._labels, np.int64)
+        return ShardColumns(self._keys, labels, image_sizes, self._views, self._tokens)
 
     def close(self) -> None:
         """Close the image file."""
         if self._images is not None:
             self._images.close()
-
-    @cached_property
-    def _sizes(self) -> list[tuple[int, int]]:
-        try:
-            sizes: list[tuple[int, int]] = self._group["sizes"][self._rows].tolist()
-        except _UNREADABLE as exc:
-            raise self._damaged(exc) from exc
-        return sizes
 
     def _image(self, row: int) -> bytes | None:
         if self._images is None:
@@ -330,6 +350,8 @@ def _arrays(spec: CacheSpec) -> dict[str, _Array]:
     }
     if spec.images_in_cache != "none":
         arrays["image_spans"] = _Array((2,), np.int64, 0, ("sample", "span"))
+    if spec.has_extra:
+        arrays["extra"] = _Array((), str, "", ("sample",))
     for name, payload in spec.payload_arrays.items():
         row_bytes = payload.dtype.itemsize * math.prod(payload.shape)
         arrays[name] = _Array(
@@ -355,6 +377,8 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
     if spec.images_in_cache != "none":
         stops = np.cumsum([len(new.sample.image or b"") for new in samples])
         values["image_spans"] = list(np.stack([np.concatenate([[0], stops[:-1]]), stops], 1))
+    if spec.has_extra:
+        values["extra"] = [_json_text(new.sample.extra) for new in samples]
     for name in spec.payload_arrays:
         values[name] = [getattr(new.sample, name) for new in samples]
     columns = {}
@@ -364,3 +388,7 @@ def _columns(spec: CacheSpec, samples: list[NewSample]) -> dict[str, NDArray[Any
         column[: len(samples)] = values[name]
         columns[name] = column
     return columns
+
+
+def _json_text(extra: Mapping[str, Any]) -> str:
+    return files.canonical_json(dict(extra)).decode() if extra else ""

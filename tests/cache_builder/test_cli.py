@@ -171,8 +171,8 @@ def test_json_is_for_scripts(patchcache, cache, command, expected):
 
 def test_inspect_draws_a_table(patchcache, cache, codebook_path):
     outcome = patchcache("inspect", cache)
-    assert re.search(r"num_samples +4 *\n", outcome.out)
-    assert re.search(r"labels.a +2 *\n", outcome.out)
+    assert re.search(r"images +4 +1 skipped *\n", outcome.out)
+    assert re.search(r"\na +2 ", outcome.out)
     assert re.search(r"vocab_size +6 *\n", patchcache("inspect", codebook_path).out)
     assert re.search(
         r"first.key +a/000 *\n", patchcache("inspect", cache / "shards/000000.tar").out

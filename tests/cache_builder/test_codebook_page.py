@@ -107,7 +107,7 @@ def test_the_command_prints_a_table_or_json_and_writes_the_page(
     [
         (("cache", "--images", "images"), "There is no codebook at cache"),
         (("codebook.safetensors", "--images", "nothing"), "nothing is not there"),
-        (("codebook.safetensors", "--page", "page.html"), "--page shows a codebook at work"),
+        (("codebook.safetensors", "--page", "page.html"), "--page shows a cache, or a codebook"),
         (("notes.safetensors", "--images", "images"), "cannot be read as a codebook"),
     ],
 )

@@ -392,7 +392,14 @@ def test_damage_gives_pixels_or_an_image_error_and_nothing_else(data):
 
 @pytest.mark.parametrize(
     ("image_format", "extension"),
-    [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("TIFF", "tif")],
+    [
+        ("JPEG", "jpg"),
+        ("PNG", "png"),
+        ("WEBP", "webp"),
+        ("GIF", "gif"),
+        ("BMP", "bmp"),
+        ("TIFF", "tif"),
+    ],
 )
 def test_the_extension_is_that_of_the_content(image_format, extension):
     assert image_extension(encode(PHOTO, image_format)) == extension

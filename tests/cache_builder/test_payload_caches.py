@@ -371,7 +371,9 @@ def test_the_command_builds_the_same_and_says_what_the_payloads_came_to(make, tm
     assert verified.status == 0
     assert "1,024 soft ids: 0 different" in verified.out
     assert "256 features: 0 different" in verified.out
-    assert "soft.perplexity" in patchcache("inspect", tmp_path / "cache").out
+    shown = patchcache("inspect", tmp_path / "cache").out
+    assert re.search(r"soft targets, mass +[\d.]+%", shown)
+    assert re.search(r"features, relative error +0.0\d+ +cosine 0.99", shown)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cache_builder.prefetch import read_ahead
+from cache_builder.prefetch import map_ahead, read_ahead
 
 
 def names_of_threads():
@@ -50,3 +50,34 @@ def test_what_making_raises_is_raised_where_the_items_are_used():
     with pytest.raises(OSError, match="the disk is gone"):
         next(items)
     assert "read-ahead" not in names_of_threads()
+
+
+def test_items_are_mapped_a_few_at_once_and_come_in_order():
+    at_work, most = [], []
+
+    def slow(n):
+        at_work.append(n)
+        most.append(len(at_work))
+        time.sleep(0.02 if n % 2 else 0.001)
+        at_work.remove(n)
+        return n * n
+
+    assert list(map_ahead(slow, range(20), 3)) == [n * n for n in range(20)]
+    assert max(most) == 3
+
+
+def test_what_the_function_raises_is_raised_in_the_items_turn_and_nothing_more_is_begun():
+    begun = []
+
+    def failing(n):
+        begun.append(n)
+        if n == 2:
+            raise OSError("the line is gone")
+        return n
+
+    mapped = map_ahead(failing, range(1000), 2)
+    assert [next(mapped), next(mapped)] == [0, 1]
+    with pytest.raises(OSError, match="the line is gone"):
+        next(mapped)
+    assert len(begun) < 10
+    assert not [name for name in names_of_threads() if name.startswith("map-ahead")]

@@ -1,9 +1,9 @@
 """Caches that are made of caches hold what a build would have written, and nothing is lost on the
 way."""
 
-import pickle
 import re
 import shlex
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,11 +28,7 @@ from cache_builder.transform import (
     ConvertOptions,
     MergeOptions,
     SubsetOptions,
-    convert,
-    merge,
-    subset,
 )
-from cache_builder.transform_worker import TransformWorker
 from cache_builder.verify import run as verify
 from tests import factories
 
@@ -40,16 +36,14 @@ LAYOUTS = ["webdataset", "zarr"]
 OTHER = {"webdataset": "zarr", "zarr": "webdataset"}
 
 
-def in_this_process(task, units, cluster):
-    """Fill units one after another, as a worker of Ray does in a process of its own."""
-    worker = TransformWorker(pickle.loads(pickle.dumps(task)))
-    for unit in units:
-        yield worker.run(pickle.loads(pickle.dumps(unit)))
+def here(command, options, progress=None):
+    """Run a command in this process: what Ray does with units is tested elsewhere."""
+    return command(options._replace(cluster=ClusterOptions(num_workers=0)), progress)
 
 
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(transform, "_map_units", in_this_process)
+convert, merge, subset = (
+    partial(each) for each in (transform.convert, transform.merge, transform.subset)
+)
 
 
 @pytest.fixture
@@ -108,7 +102,7 @@ def extend(cache_dir, num_views):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("images_in_cache", ["original", "resized", "none"])
 def test_a_converted_cache_is_byte_for_byte_the_one_that_build_writes(
-    here, make, tmp_path, layout, images_in_cache
+    make, tmp_path, layout, images_in_cache
 ):
     cache = make(layout=layout, images_in_cache=images_in_cache)
     built = make("built", OTHER[layout], images_in_cache=images_in_cache)
@@ -123,9 +117,7 @@ def test_a_converted_cache_is_byte_for_byte_the_one_that_build_writes(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_soft_targets_features_and_what_was_measured_of_them_are_converted(
-    here, make, tmp_path, layout
-):
+def test_soft_targets_features_and_what_was_measured_of_them_are_converted(make, tmp_path, layout):
     factories.feature_codebook().save(tmp_path / "model.safetensors")
     payloads = {
         "codebook": tmp_path / "model.safetensors",
@@ -140,9 +132,7 @@ def test_soft_targets_features_and_what_was_measured_of_them_are_converted(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_its_images_a_cache_is_the_one_that_is_built_without_them(
-    here, make, tmp_path, layout
-):
+def test_without_its_images_a_cache_is_the_one_that_is_built_without_them(make, tmp_path, layout):
     cache = make(layout=layout)
     built = make("built", layout, images_in_cache="none")
     convert(ConvertOptions(str(cache), str(tmp_path / "out"), drop_images=True))
@@ -150,7 +140,7 @@ def test_without_its_images_a_cache_is_the_one_that_is_built_without_them(
     assert_whole(tmp_path / "out", 7)
 
 
-def test_images_that_the_tokens_belong_to_are_not_left_out(here, make, tmp_path):
+def test_images_that_the_tokens_belong_to_are_not_left_out(make, tmp_path):
     cache = make(images_in_cache="resized")
     message = r"belong to its re-encoded images, of short side 20.*Keep the images"
     with pytest.raises(ConfigError, match=message):
@@ -159,9 +149,7 @@ def test_images_that_the_tokens_belong_to_are_not_left_out(here, make, tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_views_that_were_added_later_lie_beside_the_first_in_the_output(
-    here, make, tmp_path, layout
-):
+def test_views_that_were_added_later_lie_beside_the_first_in_the_output(make, tmp_path, layout):
     cache = make(layout=layout)
     extend(cache, 3)
     built = make("built", OTHER[layout], num_views=5)
@@ -171,9 +159,7 @@ def test_views_that_were_added_later_lie_beside_the_first_in_the_output(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_further_tokenizers_are_converted_with_the_first(
-    here, tmp_path, codebook_path, ray_cluster
-):
+def test_further_tokenizers_are_converted_with_the_first(tmp_path, codebook_path, ray_cluster):
     factories.write_folder(tmp_path / "images", factories.photo_images(5))
     dark = factories.write_codebook(
         tmp_path / "dark.safetensors", colours=factories.COLOURS[::-1] // 2
@@ -201,7 +187,7 @@ def test_further_tokenizers_are_converted_with_the_first(
 # --- merge
 
 
-def test_what_was_divided_is_merged_to_the_bytes_it_had(here, make, tmp_path):
+def test_what_was_divided_is_merged_to_the_bytes_it_had(make, tmp_path):
     cache = make()
     keys = sorted([*samples_of(cache), "b/bad"])
     for name, some in (("first", keys[:5]), ("rest", keys[5:])):
@@ -234,7 +220,7 @@ def two_caches(tmp_path, codebook_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("unit_size", [None, 5])
 def test_a_merged_cache_has_the_samples_of_all_and_their_classes_by_name(
-    here, two_caches, tmp_path, layout, unit_size
+    two_caches, tmp_path, layout, unit_size
 ):
     caches = two_caches(second={"layout": "zarr"})
     out = tmp_path / "out"
@@ -263,7 +249,7 @@ def test_a_merged_cache_has_the_samples_of_all_and_their_classes_by_name(
         convert(ConvertOptions(str(out), str(tmp_path / "none"), drop_images=True))
 
 
-def test_skipped_images_of_every_cache_are_listed_in_the_merged_one(here, make, tmp_path):
+def test_skipped_images_of_every_cache_are_listed_in_the_merged_one(make, tmp_path):
     caches = []
     for name in ("one", "two"):
         content = {f"{name}/{path[2:]}": data for path, data in factories.photo_images(3).items()}
@@ -277,7 +263,7 @@ def test_skipped_images_of_every_cache_are_listed_in_the_merged_one(here, make, 
     assert_whole(tmp_path / "out", 6)
 
 
-def test_caches_without_images_are_merged_where_their_tars_name_them(here, tmp_path, codebook_path):
+def test_caches_without_images_are_merged_where_their_tars_name_them(tmp_path, codebook_path):
     caches = []
     for name in ("one", "two"):
         photos = factories.photo_images(4).items()
@@ -296,7 +282,7 @@ def test_caches_without_images_are_merged_where_their_tars_name_them(here, tmp_p
     assert_whole(out, 8)
 
 
-def test_caches_without_images_of_two_folders_are_not_merged(here, two_caches, tmp_path):
+def test_caches_without_images_of_two_folders_are_not_merged(two_caches, tmp_path):
     caches = two_caches(images_in_cache="none")
     with pytest.raises(ConfigError, match=r"in different places: .*first images and .*second"):
         merge(MergeOptions(caches, str(tmp_path / "out")))
@@ -310,14 +296,14 @@ def test_caches_without_images_of_two_folders_are_not_merged(here, two_caches, t
         ({"images_in_cache": "none"}, r"images_in_cache: original and none"),
     ],
 )
-def test_caches_of_different_settings_are_not_merged(here, two_caches, tmp_path, change, message):
+def test_caches_of_different_settings_are_not_merged(two_caches, tmp_path, change, message):
     caches = two_caches(second=change)
     with pytest.raises(ConfigError, match=message):
         merge(MergeOptions(caches, str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
-def test_payloads_must_be_equal(here, two_caches, tmp_path):
+def test_payloads_must_be_equal(two_caches, tmp_path):
     codebook = tmp_path / "spread.safetensors"
     factories.colour_codebook(objective=(900.0,)).save(codebook)
     caches = two_caches(codebook=codebook, first={"soft_top_k": 2}, second={"soft_top_k": 3})
@@ -325,7 +311,7 @@ def test_payloads_must_be_equal(here, two_caches, tmp_path):
         merge(MergeOptions(caches, str(tmp_path / "out")))
 
 
-def test_tokens_of_two_tokenizers_are_not_merged(here, two_caches, tmp_path):
+def test_tokens_of_two_tokenizers_are_not_merged(two_caches, tmp_path):
     other = factories.write_codebook(tmp_path / "other.safetensors", colours=factories.COLOURS[:5])
     caches = two_caches(second={"codebook": other})
     one, two = (CacheManifest.load(cache).fingerprint for cache in caches)
@@ -334,7 +320,7 @@ def test_tokens_of_two_tokenizers_are_not_merged(here, two_caches, tmp_path):
         merge(MergeOptions(caches, str(tmp_path / "out")))
 
 
-def test_equal_keys_are_named_and_skipped_images_count(here, make, tmp_path):
+def test_equal_keys_are_named_and_skipped_images_count(make, tmp_path):
     cache, twin = str(make()), str(make("twin", "zarr"))
     message = (
         rf"{cache} and {twin} share 8 keys: a/000, a/002, a/004, a/006, b/001 and 3 more\. .*"
@@ -348,7 +334,7 @@ def test_equal_keys_are_named_and_skipped_images_count(here, make, tmp_path):
         merge(MergeOptions((str(tmp_path / "bad"), str(tmp_path / "rest")), str(tmp_path / "out")))
 
 
-def test_one_cache_is_not_merged(here, make, tmp_path):
+def test_one_cache_is_not_merged(make, tmp_path):
     with pytest.raises(ConfigError, match="takes two caches or more"):
         merge(MergeOptions((str(make()),), str(tmp_path / "out")))
 
@@ -370,9 +356,7 @@ def rename_classes(cache, names):
         (("only",), r"second has no name for label 1, and the class names of the caches differ"),
     ],
 )
-def test_classes_that_names_do_not_tell_apart_are_not_united(
-    here, two_caches, tmp_path, names, message
-):
+def test_classes_that_names_do_not_tell_apart_are_not_united(two_caches, tmp_path, names, message):
     caches = two_caches()
     rename_classes(caches[1], names)
     with pytest.raises(ConfigError, match=message):
@@ -383,7 +367,7 @@ def test_classes_that_names_do_not_tell_apart_are_not_united(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_first_views_are_the_cache_that_is_built_with_fewer(here, make, tmp_path, layout):
+def test_the_first_views_are_the_cache_that_is_built_with_fewer(make, tmp_path, layout):
     cache = make(layout=layout, num_views=4)
     built = make("built", layout, num_views=2)
     subset(SubsetOptions(str(cache), str(tmp_path / "out"), num_views=2))
@@ -393,7 +377,7 @@ def test_the_first_views_are_the_cache_that_is_built_with_fewer(here, make, tmp_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_labels_keep_their_numbers_and_units_are_filled(here, make, tmp_path, layout):
+def test_labels_keep_their_numbers_and_units_are_filled(make, tmp_path, layout):
     cache = make(layout=layout)
     summary = subset(SubsetOptions(str(cache), str(tmp_path / "out"), labels=("b",)))
     assert summary.manifest.spec.class_names == ("a", "b")
@@ -409,7 +393,7 @@ def test_labels_keep_their_numbers_and_units_are_filled(here, make, tmp_path, la
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_draw_depends_on_key_and_seed_alone_and_grows_with_its_size(here, make, tmp_path, layout):
+def test_a_draw_depends_on_key_and_seed_alone_and_grows_with_its_size(make, tmp_path, layout):
     cache = make(layout=layout)
 
     def draw(name, **wanted):
@@ -435,7 +419,7 @@ def test_a_draw_depends_on_key_and_seed_alone_and_grows_with_its_size(here, make
         draw("nine", sample=9)
 
 
-def test_what_is_not_in_the_cache_cannot_be_chosen(here, make, tmp_path):
+def test_what_is_not_in_the_cache_cannot_be_chosen(make, tmp_path):
     cache = str(make())
     rename_classes(tmp_path / "cache", ("tabby cat", "dog, any"))
 
@@ -453,9 +437,7 @@ def test_what_is_not_in_the_cache_cannot_be_chosen(here, make, tmp_path):
     refused(r"Say what to take: --labels")
 
 
-def test_of_tars_each_keeps_units_of_its_own_and_images_are_found_in_them(
-    here, tmp_path, codebook_path
-):
+def test_of_tars_each_keeps_units_of_its_own_and_images_are_found_in_them(tmp_path, codebook_path):
     photos = list(factories.photo_images(9).values())
     (tmp_path / "tars").mkdir()
     for number in range(3):
@@ -473,7 +455,7 @@ def test_of_tars_each_keeps_units_of_its_own_and_images_are_found_in_them(
     assert_whole(tmp_path / "out", 3)
 
 
-def test_what_was_measured_is_weighted_by_the_patches_that_are_taken(here, make, tmp_path):
+def test_what_was_measured_is_weighted_by_the_patches_that_are_taken(make, tmp_path):
     codebook = tmp_path / "spread.safetensors"
     factories.colour_codebook(objective=(9000.0,)).save(codebook)
     cache = make(codebook=codebook, soft_top_k=3)
@@ -501,7 +483,7 @@ def test_what_was_measured_is_weighted_by_the_patches_that_are_taken(here, make,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_is_taken_from_a_damaged_shard(here, make, tmp_path, layout):
+def test_nothing_is_taken_from_a_damaged_shard(make, tmp_path, layout):
     cache = make(layout=layout)
     with TokenCache.open(cache) as opened:
         damaged = opened.manifest.shards[1].files[0].path
@@ -527,7 +509,7 @@ def test_nothing_is_taken_from_a_damaged_shard(here, make, tmp_path, layout):
         ("skipped.jsonl", b"}\n", b"\n", r"skipped\.jsonl: "),
     ],
 )
-def test_a_damaged_plan_is_refused(here, make, tmp_path, name, old, new, message):
+def test_a_damaged_plan_is_refused(make, tmp_path, name, old, new, message):
     cache = make()
     data = (cache / name).read_bytes()
     assert old in data
@@ -541,7 +523,7 @@ def test_a_damaged_plan_is_refused(here, make, tmp_path, name, old, new, message
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_that_was_stopped_anywhere_ends_with_the_bytes_of_one_that_was_not(
-    here, make, tmp_path, layout
+    make, tmp_path, layout
 ):
     cache, out = make(layout=layout), tmp_path / "out"
     built = make("built", OTHER[layout])
@@ -566,7 +548,7 @@ def test_a_run_that_was_stopped_anywhere_ends_with_the_bytes_of_one_that_was_not
     assert factories.contents(out) == factories.contents(built)
 
 
-def test_a_changed_command_is_refused_with_the_difference(here, make, tmp_path):
+def test_a_changed_command_is_refused_with_the_difference(make, tmp_path):
     cache, out = str(make()), str(tmp_path / "out")
     subset(SubsetOptions(cache, out, sample=3))
     with pytest.raises(ConfigError, match=r"source.num_samples: 3 there, 4 now"):
@@ -579,7 +561,7 @@ def test_a_changed_command_is_refused_with_the_difference(here, make, tmp_path):
         convert(ConvertOptions(cache, f"{cache}/../cache", "zarr"))
 
 
-def test_a_second_driver_is_refused(here, make, tmp_path):
+def test_a_second_driver_is_refused(make, tmp_path):
     cache, out = str(make()), tmp_path / "out"
     with (
         open_store(out).lock("process 7 on earth"),
@@ -589,7 +571,7 @@ def test_a_second_driver_is_refused(here, make, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_caches_on_object_storage_are_converted_as_local_ones(here, make, tmp_path, bucket, layout):
+def test_caches_on_object_storage_are_converted_as_local_ones(make, tmp_path, bucket, layout):
     cache = make(layout=layout)
     there = f"{bucket}/caches/out"
     convert(ConvertOptions(str(cache), there, OTHER[layout]))
@@ -620,22 +602,21 @@ def test_the_examples_of_the_commands_run(make, tmp_path, patchcache, ray_cluste
     make("train")
     other = {f"c/{path[2:]}": data for path, data in factories.photo_images(3).items()}
     make("more", images=str(factories.write_folder(tmp_path / "other", other)))
-    for name, words, lines in (
-        ("convert", [], [r"images +7, 2 views each, 1 skipped", r"size .* in 3 shards\n"]),
-        ("convert", [], [r"in 3 shards, 3 of them kept from before"]),
-        ("merge", [], [r"images +10, 2 views", r"3 classes united by name; 1 caches had other"]),
-        ("subset", ["--labels", "a", "--views", 1], [r"images +4, 1 views each, 0 skipped"]),
+    for name, num_workers, words, lines in (
+        ("convert", 1, [], [r"images +7, 2 views each, 1 skipped", r"size .* in 3 shards\n"]),
+        ("convert", 0, [], [r"in 3 shards, 3 of them kept from before"]),
+        ("merge", 0, [], [r"images +10, 2 views", r"3 classes united by name; 1 caches had other"]),
+        ("subset", 0, ["--labels", "a", "--views", 1], [r"images +4, 1 views each, 0 skipped"]),
     ):
-        outcome = patchcache(*example(name), *words, "--workers", 1)
+        outcome = patchcache(*example(name), *words, "--workers", num_workers)
         assert (outcome.status, outcome.err) == (0, ""), outcome.err
         for line in lines:
             assert re.search(line, outcome.out), (name, line, outcome.out)
         out = example(name)[example(name).index("--out") + 1]
         assert f"next         patchcache verify {out} --retokenize 100" in outcome.out
-        monkeypatch.setattr(transform, "_map_units", in_this_process)  # Ray has been seen to do it
     (tmp_path / "keys.txt").write_text("b/001\n\na/000\n")
     outcome = patchcache(
-        "subset", "cache", "--keys", "keys.txt", "--out", "two", "--workers", 1, "--json"
+        "subset", "cache", "--keys", "keys.txt", "--out", "two", "--workers", 0, "--json"
     )
     assert '"num_samples": 2' in outcome.out
     assert list(samples_of("two")) == ["a/000", "b/001"]

@@ -1,0 +1,73 @@
+"""Images that are files of their own: read one by one, remote ones a few at once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cache_builder.errors import ImageError, NotServedError, SourceError
+from cache_builder.formats.manifest import PlanRow, PlanUnit
+from cache_builder.prefetch import map_ahead
+from cache_builder.sources import names, remote
+
+_FILES_AT_ONCE = 8  # of remote ones
+
+
+def read_files(root: str, unit: PlanUnit) -> Iterator[tuple[PlanRow, bytes | ImageError]]:
+    """Yield the rows of a unit with their files, in order.
+
+    Raises:
+        SourceError: A listed file cannot be read.
+    """
+
+    def read(row: PlanRow) -> bytes | ImageError:
+        return read_row(root, row)
+
+    if any(names.is_remote(resolve(root, row.source)) for row in unit.rows):
+        yield from zip(unit.rows, map_ahead(read, unit.rows, _FILES_AT_ONCE), strict=True)
+        return
+    for row in unit.rows:
+        yield row, read(row)
+
+
+def resolve(root: str, source: str) -> str:
+    """Return where a row's file lies: below the root, unless it says itself."""
+    if names.is_remote(source) or source.startswith("/"):
+        return source
+    return names.join(root, source)
+
+
+def read_row(root: str, row: PlanRow) -> bytes | ImageError:
+    """Read one file, or say why it is refused.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
+    if row.refused:
+        return ImageError(row.refused)
+    location = resolve(root, row.source)
+    if not names.is_remote(location):
+        return _read_local(Path(location))
+    try:
+        data, problem = remote.read_image(location)
+    except NotServedError as exc:
+        # An address that a list names may be dead; what a folder listed was there.
+        if names.is_remote(row.source):
+            return ImageError(str(exc))
+        raise
+    return ImageError(problem) if problem else data
+
+
+def _read_local(path: Path) -> bytes | ImageError:
+    try:
+        problem = names.size_problem(path.stat().st_size)
+        if problem:
+            return ImageError(problem)
+        with path.open("rb") as file:
+            data = file.read(names.MAX_IMAGE_BYTES + 1)  # a device has no size and no end
+    except OSError as exc:
+        raise SourceError(
+            f"{path} cannot be read: {exc.strerror or os.strerror(exc.errno or 0)}. It was there "
+            "when the source was listed; restore it and run the same command again."
+        ) from exc
+    problem = names.size_problem(len(data))
+    return ImageError(problem) if problem else data

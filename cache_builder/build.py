@@ -8,8 +8,6 @@ with the same cache.
 """
 
 import contextlib
-import os
-import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,13 @@ from pydantic import ValidationError
 
 from cache_builder import build_log
 from cache_builder.build_worker import BuildTask, BuildWorker, UnitReport
-from cache_builder.commit import describe_layer, layer_store, write_manifest
+from cache_builder.commit import (
+    describe_layer,
+    holder,
+    layer_name,
+    layer_store,
+    write_manifest,
+)
 from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import Codebook, first_problem
 from cache_builder.formats.manifest import (
@@ -227,16 +231,6 @@ def publish_layers(store: Store, layers: tuple[LayerInfo, ...]) -> CacheManifest
     manifest = CacheManifest.load(store).model_copy(update={"layers": layers})
     store.publish(MANIFEST_NAME, to_json(manifest))
     return manifest
-
-
-def holder() -> str:
-    """Return who writes, for a second driver's message."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def layer_name(spec: CacheSpec) -> str:
-    """Return the folder of a layer below its cache."""
-    return f"targets/{spec.fingerprint[:12]}-{spec.view_spec.first_view:03d}"
 
 
 def layer_spec(

@@ -1,12 +1,11 @@
 """What a worker of a build does: unit after unit, each at most once."""
 
-import logging
 from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 from cache_builder.build_log import UnitMeter, UnitWork
-from cache_builder.commit import UnitSummary, commit_unit, layer_store, whole_unit
+from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
 from cache_builder.errors import SourceError
 from cache_builder.formats.cache import IMAGE_ALONE, open_unit
 from cache_builder.formats.codebook import Codebook
@@ -22,11 +21,9 @@ from cache_builder.formats.manifest import (
     unit_record_name,
 )
 from cache_builder.sources import Source, open_source
-from cache_builder.stores import Store, open_store
+from cache_builder.stores import open_store
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.units import Picture, Target, build_unit
-
-logger = logging.getLogger(__name__)
 
 
 class UnitReport(NamedTuple):
@@ -74,7 +71,7 @@ class BuildWorker:
 
     def run(self, unit: int) -> UnitReport:
         """Build what is missing of one unit; what is there and undamaged is kept."""
-        found = {name: _take(store, unit) for name, store in self._stores.items()}
+        found = {name: take_unit(store, unit) for name, store in self._stores.items()}
         missing = [name for name, there in found.items() if there is None]
         summaries = {name: there for name, there in found.items() if there is not None}
         if missing:
@@ -158,15 +155,3 @@ class BuildWorker:
                 PatchTokenizer.load(codebook, self._task.device, weights),
             )
         return self._targets[name]
-
-
-def _take(store: Store, unit: int) -> UnitSummary | None:
-    """Return a unit that is finished; remove the record of one that is damaged."""
-    there = whole_unit(store, unit)
-    if there is not None:
-        return there[1]
-    name = unit_record_name(unit)
-    if store.exists(name):
-        logger.warning("unit %d of %s is damaged and is built again", unit, store.location)
-        store.remove(name)
-    return None

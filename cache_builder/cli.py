@@ -5,7 +5,6 @@ status: 0 done, 1 failed, 2 wrong usage. Every command imports what it needs whe
 `patchcache --help` answers at once and the trainer never loads a tokenizer.
 """
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cache_builder import __version__
+from cache_builder.cli_caches import convert, merge, subset
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
     IMAGES,
@@ -28,6 +28,8 @@ from cache_builder.cli_options import (
     model_args,
     number_or_all,
     pair,
+    print_json,
+    print_lines,
     refuse_given,
     triple,
 )
@@ -186,9 +188,9 @@ def fit(
     if as_json:
         from cache_builder.inspection import describe_codebook
 
-        _print_json(describe_codebook(summary.codebook))
+        print_json(describe_codebook(summary.codebook))
         return
-    _print_lines(*fit_lines(summary, images, out))
+    print_lines(*fit_lines(summary, images, out))
 
 
 @app.command()
@@ -309,9 +311,9 @@ def build(
                 progress.unit_done,
             )
     if as_json:
-        _print_json(build_result(summary, out))
+        print_json(build_result(summary, out))
     else:
-        _print_lines(*build_lines(summary, out))
+        print_lines(*build_lines(summary, out))
 
 
 @app.command()
@@ -343,11 +345,15 @@ def verify(
         )
     if as_json:
         again = report.retokenized
-        _print_json({**report._asdict(), "retokenized": again._asdict() if again else None})
+        print_json({**report._asdict(), "retokenized": again._asdict() if again else None})
     else:
-        _print_lines(*verify_lines(report))
+        print_lines(*verify_lines(report))
     if report.problems:
         raise typer.Exit(1)
+
+
+for command in (convert, merge, subset):
+    app.command()(command)
 
 
 @app.command()
@@ -408,7 +414,7 @@ def inspect(
 
         description = inspection.describe(path)
     if as_json:
-        _print_json(description)
+        print_json(description)
     else:
         print_description(description)
 
@@ -453,9 +459,9 @@ def train(
     out = out or Path("runs") / Path(recipe).stem
     summary = job.run(load_config(recipe, assignments or []), cache, out)
     if as_json:
-        _print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
+        print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
         return
-    _print_lines(*train_lines(summary))
+    print_lines(*train_lines(summary))
 
 
 @app.command()
@@ -492,9 +498,9 @@ def probe(
         device=device,
     )
     if as_json:
-        _print_json(result._asdict())
+        print_json(result._asdict())
         return
-    _print_lines(*probe_lines(result))
+    print_lines(*probe_lines(result))
 
 
 @app.command()
@@ -509,21 +515,13 @@ def export(
     from trainer import checkpoint as checkpoints
 
     call = checkpoints.export(checkpoint, out)
-    _print_lines(f"weights  {out}", f"load     {call}")
+    print_lines(f"weights  {out}", f"load     {call}")
 
 
 def main() -> None:
     """Run the command line and exit."""
     with one_line_errors():
         app()
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True))
-
-
-def _print_lines(*lines: str) -> None:
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What `patchcache inspect` does with a codebook and images, and with a cache."""
 
-import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cache_builder.cli_options import print_json
 from cache_builder.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def appraise(options: "AppraisalOptions", page: Path | None, *, as_json: bool) -
     if page is not None:
         codebook_page.write(page, appraisal, options.codebook.name)
     if as_json:
-        _print_json(appraisal_result(appraisal))
+        print_json(appraisal_result(appraisal))
     else:
         print_appraisal(appraisal, page)
 
@@ -58,10 +58,6 @@ def survey(
             for problem in cache_page.write(page, found, cache, images):
                 logger.warning("not shown on the page: %s", problem)
     if as_json:
-        _print_json(survey_result(found))
+        print_json(survey_result(found))
     else:
         print_survey(found, page)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True))

@@ -122,3 +122,13 @@ def model_args(assignments: list[str] | None) -> dict[str, Any]:
         except ValueError:
             args[name] = text
     return args
+
+
+def print_json(value: Any) -> None:
+    """Print a result for a script."""
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def print_lines(*lines: str) -> None:
+    """Print a result for a person."""
+    print("\n".join(lines))

@@ -5,6 +5,9 @@ says. The manifest is put together from what workers say of finished units, not 
 records again: it takes the driver no request per unit.
 """
 
+import logging
+import os
+import socket
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,6 +18,7 @@ from cache_builder.formats.manifest import (
     SKIPPED_NAME,
     BuildPlan,
     CacheManifest,
+    CacheSpec,
     FileDigest,
     LayerInfo,
     ShardInfo,
@@ -27,6 +31,8 @@ from cache_builder.formats.manifest import (
 from cache_builder.formats.payloads import FeatureTotals, SoftTotals, sum_features, sum_soft
 from cache_builder.formats.zarr_store import metadata_files
 from cache_builder.stores import Store, join_location, open_store
+
+logger = logging.getLogger(__name__)
 
 
 class UnitSummary(NamedTuple):
@@ -49,6 +55,18 @@ def whole_unit(store: Store, unit: int) -> tuple[UnitRecord, UnitSummary] | None
     if any(file.damage(store) for file in record.files):
         return None
     return record, summarise(unit, record)
+
+
+def take_unit(store: Store, unit: int) -> UnitSummary | None:
+    """Return a unit that is finished; remove the record of one that is damaged."""
+    there = whole_unit(store, unit)
+    if there is not None:
+        return there[1]
+    name = unit_record_name(unit)
+    if store.exists(name):
+        logger.warning("unit %d of %s is damaged and is built again", unit, store.location)
+        store.remove(name)
+    return None
 
 
 def commit_unit(store: Store, record: UnitRecord) -> UnitSummary:
@@ -117,6 +135,16 @@ def write_manifest(
     )
     store.publish(MANIFEST_NAME, to_json(manifest))
     return manifest
+
+
+def holder() -> str:
+    """Return who writes, for a second driver's message."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def layer_name(spec: CacheSpec) -> str:
+    """Return the folder of a layer below its cache."""
+    return f"targets/{spec.fingerprint[:12]}-{spec.view_spec.first_view:03d}"
 
 
 def layer_store(store: Store, name: str) -> Store:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cache_builder.cache_survey import CacheSurvey
     from cache_builder.fit import FitSummary
     from cache_builder.formats import CacheManifest
+    from cache_builder.transform import TransformSummary
     from cache_builder.verify import VerifyReport
     from trainer.evaluate import ProbeResult
     from trainer.train import TrainSummary
@@ -341,6 +342,48 @@ def build_result(summary: "BuildSummary", out: str) -> dict[str, JsonValue]:
         "num_skipped": manifest.num_skipped,
         "num_shards": len(manifest.shards),
         "num_units_kept": summary.num_units_kept,
+        "bytes": manifest.bytes,
+        **manifest.payload_totals(),
+    }
+
+
+def transform_lines(summary: "TransformSummary", out: str) -> list[str]:
+    """Say what a conversion, merge or subset holds and what to run next."""
+    manifest = summary.manifest
+    kept = f", {summary.num_units_kept} of them kept from before" if summary.num_units_kept else ""
+    relabelled = (
+        [
+            f"labels       {len(manifest.spec.class_names):,} classes united by name; "
+            f"{summary.num_relabelled} caches had other labels"
+        ]
+        if summary.num_relabelled
+        else []
+    )
+    return [
+        f"cache        {out}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"images       {manifest.num_samples:,}, {manifest.view_spec.num_views} views each, "
+        f"{manifest.num_skipped:,} skipped",
+        f"size         {size_text(manifest.bytes)} in {len(manifest.shards)} shards{kept}",
+        *relabelled,
+        *_payload_lines(manifest),
+        f"next         patchcache verify {out} --retokenize 100",
+    ]
+
+
+def transform_result(summary: "TransformSummary", out: str) -> dict[str, JsonValue]:
+    """Return what a conversion, merge or subset holds, for a script."""
+    manifest = summary.manifest
+    return {
+        "cache": out,
+        "fingerprint": manifest.fingerprint,
+        "layout": manifest.spec.layout,
+        "num_samples": manifest.num_samples,
+        "num_views": manifest.num_samples * manifest.view_spec.num_views,
+        "num_skipped": manifest.num_skipped,
+        "num_shards": len(manifest.shards),
+        "num_units_kept": summary.num_units_kept,
+        "num_relabelled": summary.num_relabelled,
         "bytes": manifest.bytes,
         **manifest.payload_totals(),
     }

@@ -13,12 +13,10 @@ from cache_builder.build import (
     BuildSummary,
     Progress,
     build_targets,
-    holder,
-    layer_name,
     layer_spec,
 )
 from cache_builder.build_worker import BuildTask
-from cache_builder.commit import layer_store
+from cache_builder.commit import holder, layer_name, layer_store
 from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (

@@ -40,15 +40,6 @@ except (ImportError, OSError, RuntimeError):
 MAX_PIXELS: Final = 89_478_485  # Pillow's own warning threshold, 256 MiB of RGB
 
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_FIRST_BYTES: Final = {
-    b"\xff\xd8\xff": "jpg",
-    b"\x89PNG": "png",
-    b"RIFF": "webp",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"II": "tif",
-    b"MM": "tif",
-}
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 # What decoders raise on damaged files is not documented; all of it means the same.
 _DECODER_ERRORS: Final = (
@@ -104,18 +95,6 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise ImageError(f"too large to decode: {exc}") from exc
     except _DECODER_ERRORS as exc:
         raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
-
-
-def image_extension(data: bytes) -> str:
-    """Return the file extension of the format that `data` really is in, whatever its name says.
-
-    Raises:
-        ImageError: It begins like none of the formats that `decode` reads.
-    """
-    for start, extension in _FIRST_BYTES.items():
-        if data.startswith(start):
-            return extension
-    raise ImageError("not an image of a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)")
 
 
 def apply_view(

@@ -28,7 +28,8 @@ from cache_builder.formats.sample import CachedSample, NewSample
 from cache_builder.formats.shards import ShardWriter
 from cache_builder.formats.views import View, draw_views
 from cache_builder.formats.zarr_store import RowWriter
-from cache_builder.imaging import apply_view, decode, image_extension, shrink
+from cache_builder.image_types import image_extension
+from cache_builder.imaging import apply_view, decode, shrink
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources import image_bytes
 from cache_builder.stores import Store

@@ -21,7 +21,13 @@ from cache_builder.formats.manifest import (
     read_model,
     unit_record_name,
 )
-from cache_builder.formats.payloads import PayloadName, sum_features, sum_soft
+from cache_builder.formats.payloads import (
+    FeatureTotals,
+    PayloadName,
+    SoftTotals,
+    sum_features,
+    sum_soft,
+)
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.shards import TarShard
 from cache_builder.formats.zarr_store import ZarrShard
@@ -31,7 +37,7 @@ _MAX_OPEN_SHARDS = 64
 _PAYLOAD_NAMES: frozenset[str] = frozenset(get_args(PayloadName))
 IMAGE_ALONE: frozenset[PayloadName] = frozenset({"image"})
 _TOKEN_TYPE = np.dtype(np.uint16)
-_PER_VIEW = ("views", "token_ids", "soft_ids", "soft_probs", "features", "feature_scales")
+PER_VIEW = ("views", "token_ids", "soft_ids", "soft_probs", "features", "feature_scales")
 
 
 class Shard(Protocol):
@@ -220,6 +226,25 @@ class TokenCache:
             return zarr_store.part_bytes(self.manifest.shards[index].files) + kept
         return _part_bytes(self.shard(index))
 
+    def damage(self, index: int) -> str | None:
+        """Digest the files of one shard; say what is wrong with them, or None."""
+        images = [] if self._images is None else [_Part(self.store, self._images)]
+        for store, manifest in (*self._parts, *images):
+            info = manifest.shards[index]
+            for file in (*info.files, info.record):
+                if damage := file.damage(store):
+                    return damage
+        return None
+
+    def totals(self, index: int) -> tuple[SoftTotals | None, FeatureTotals | None]:
+        """Return what was measured of one shard's `soft` and `features`, by its commit records."""
+        name = unit_record_name(index)
+        records = [read_model(UnitRecord, part.store, name) for part in self._parts]
+        return (
+            sum_soft(record.soft for record in records if record.soft),
+            sum_features(record.features for record in records if record.features),
+        )
+
     def shard(self, index: int) -> Shard:
         """Return one shard, opened."""
         shard = self._open.get(index)
@@ -303,7 +328,7 @@ class _Layers:
             self._check_key(first, other)
         joined: dict[str, Any] = {
             name: _joined([getattr(sample, name) for sample in (first, *others)])
-            for name in _PER_VIEW
+            for name in PER_VIEW
         }
         return first._replace(image=image, **joined)
 

@@ -54,7 +54,7 @@ SKIPPED_NAME = "skipped.jsonl"
 
 Layout = Literal["webdataset", "zarr"]
 ImagesInCache = Literal["original", "resized", "none"]
-SourceKind = Literal["folder", "webdataset", "zip", "parquet", "list"]
+SourceKind = Literal["folder", "webdataset", "zip", "parquet", "list", "cache"]
 
 Content = bytes  # where a field of that name hides the type
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -353,7 +353,7 @@ class CacheManifest(_LeavesOutUnset, frozen=True, extra="forbid"):
             if store.exists(PLAN_NAME):
                 raise ArtifactError(
                     f"{store.location} has no {MANIFEST_NAME}: the build has not finished. "
-                    "Run the same `patchcache build` command again; it resumes."
+                    "Run the same `patchcache` command again; it resumes."
                 )
             raise ArtifactError(
                 f"{store.location} is not a cache: it has neither {MANIFEST_NAME} nor {PLAN_NAME}. "

@@ -16,7 +16,10 @@ from cache_builder import __version__, cli
 from cache_builder.cli_errors import one_line_errors
 from tests import factories
 
-COMMANDS = ("fit", "build", "verify", "inspect", "serve", "train", "probe", "export")
+COMMANDS = (
+    "fit", "build", "verify", "convert", "merge", "subset", "inspect", "serve", "train", "probe",
+    "export",
+)  # fmt: skip
 CLI = [sys.executable, "-m", "cache_builder.cli"]
 
 

@@ -15,10 +15,10 @@ from PIL import ExifTags, Image
 from cache_builder import imaging
 from cache_builder.errors import ImageError
 from cache_builder.formats import View
+from cache_builder.image_types import image_extension
 from cache_builder.imaging import (
     apply_view,
     decode,
-    image_extension,
     patchify,
     shrink,
     unpatchify,

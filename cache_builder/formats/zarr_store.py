@@ -21,6 +21,7 @@ not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.manifest import CacheSpec, FileDigest, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
-from cache_builder.formats.sample import CachedSample, NewSample
+from cache_builder.formats.sample import CachedSample, NewSample, SampleInfo
 from cache_builder.stores import RandomReader, Store
 
 STORE_NAME = "tokens.zarr"
@@ -217,6 +218,7 @@ class ZarrShard:
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
             self._keys: list[str] = group["keys"][rows].tolist()
+            self._group, self._rows = group, rows
             # A unit whose images were all skipped has no image file.
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
@@ -256,6 +258,26 @@ class ZarrShard:
             token_ids=self._tokens[row],
             **arrays,
         )
+
+    def info(self, row: int) -> SampleInfo:
+        """Return where a sample came from and how large its picture was.
+
+        Raises:
+            ArtifactError: The store is damaged.
+        """
+        return self._infos[row]
+
+    @cached_property
+    def _infos(self) -> list[SampleInfo]:
+        try:
+            sources = self._group["source"][self._rows].tolist()
+            sizes = self._group["sizes"][self._rows].tolist()
+        except _UNREADABLE as exc:
+            raise self._damaged(exc) from exc
+        return [
+            SampleInfo(source, (height, width))
+            for source, (height, width) in zip(sources, sizes, strict=True)
+        ]
 
     def close(self) -> None:
         """Close the image file."""

@@ -1,0 +1,35 @@
+"""Where `verify` works on its units: few in this process, many on Ray."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from cache_builder.ray_jobs import ClusterOptions, UnitWorker, map_units
+
+_FEW = 16  # they are done before a Ray has started
+
+_U = TypeVar("_U")
+_R = TypeVar("_R")
+
+
+def run_units(
+    make_worker: Callable[[], UnitWorker[_U, _R]], units: Sequence[_U], cluster: ClusterOptions
+) -> Iterator[_R]:
+    """Yield the result of every unit, in the order in which they are done.
+
+    Args:
+        make_worker: Makes what does the work; it and the units can be pickled.
+        units: What is to be done.
+        cluster: Where; without an address or a number of workers, a few units stay here.
+
+    Raises:
+        PatchCacheError: What a worker raised.
+    """
+    if not units:
+        return
+    alone = cluster.num_workers == 1 or (cluster.num_workers is None and len(units) <= _FEW)
+    if alone and cluster.address is None:
+        worker = make_worker()
+        for unit in units:
+            yield worker.run(unit)
+        return
+    yield from map_units(make_worker, units, cluster)

@@ -7,6 +7,7 @@ only if it is the one that follows from the files that it names.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ from cache_builder.formats.manifest import (
 from cache_builder.formats.payloads import sum_features, sum_soft
 from cache_builder.formats.zarr_store import metadata_files
 from cache_builder.ray_jobs import ClusterOptions
-from cache_builder.stores import LOCK_NAME, Store, open_store
+from cache_builder.stores import LOCK_NAME, Store, absolute_location, open_store
 from cache_builder.unit_checks import CheckTask, UnitChecker, UnitClaim, UnitFinding
 from cache_builder.unit_jobs import run_units
 
@@ -61,13 +62,13 @@ class Conclusion(NamedTuple):
 class CacheCheck:
     """What has been found out about a cache."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str | Path) -> None:
         """Read plans and manifests.
 
         Raises:
             ArtifactError: There is no finished cache to check.
         """
-        self.location = location
+        self.location = absolute_location(location)  # for workers
         self.store: Store = open_store(location)
         self.findings: dict[int, UnitFinding] = {}
         self.read_parts()
@@ -87,7 +88,9 @@ class CacheCheck:
     ) -> None:
         """Check units, again after a repair."""
         specs = {name: part.spec for name, part in self.parts.items()}
-        worker = partial(UnitChecker, CheckTask(self.location, specs))
+        # Samples of a Zarr group whose metadata is damaged cannot be read.
+        closed = {name for name, part in self.parts.items() if self._store_files(part)[1]}
+        worker = partial(UnitChecker, CheckTask(self.location, specs, frozenset(closed)))
         claims = [UnitClaim(unit, self._claim(unit)) for unit in units]
         for done, finding in enumerate(run_units(worker, claims, cluster), 1):
             self.findings[finding.unit] = finding

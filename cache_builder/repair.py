@@ -84,6 +84,7 @@ class _Repair:
         self._repair_codebooks()
         self._repair_store_files()
         self._check.read_parts()
+        self._damages = self._check.conclude().damages
         self._repair_units()
         self._repair_summaries()
         self._check.read_parts()
@@ -236,6 +237,9 @@ class _Repair:
                         )
                         continue
                     self._publish(part, name, text)
+        if any(name.endswith("/zarr.json") for name in self._outcome.repaired):
+            # What they describe could not be read before.
+            self._check.check_units(sorted(self._check.findings), self._options.cluster)
 
     def _repair_units(self) -> None:
         wanted: dict[int, dict[str, ShardInfo | None]] = defaultdict(dict)

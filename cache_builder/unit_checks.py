@@ -79,6 +79,7 @@ class CheckTask(NamedTuple):
 
     cache: str  # where it lies
     specs: Mapping[str, CacheSpec]  # by layer; "" is the cache itself
+    closed: frozenset[str] = frozenset()  # layers whose samples cannot be read
 
 
 class UnitChecker:
@@ -87,6 +88,7 @@ class UnitChecker:
     def __init__(self, task: CheckTask) -> None:
         """Open the cache and its layers."""
         store = open_store(task.cache)
+        self._closed = task.closed
         self._parts = {
             name: _Part(name, layer_store(store, name) if name else store, spec)
             for name, spec in task.specs.items()
@@ -118,7 +120,7 @@ class UnitChecker:
             damages += checked.damages
             num_files = len(checked.measured) + 1
             parts[part.name] = PartFinding(checked.summary, num_files)
-            if checked.damages or checked.record is None:
+            if checked.damages or checked.record is None or part.name in self._closed:
                 continue
             content = _Content(part, checked, rows)
             damages += content.damages

@@ -96,16 +96,14 @@ class UnitRebuilder:
         for name in {"", *names}:
             store, staged = self._stores(name)
             plan = self._task.plans[name]
+            if name in names and not staged.exists(CODEBOOK_NAME):
+                staged.publish(CODEBOOK_NAME, store.read(CODEBOOK_NAME))
             if staged.exists(PLAN_NAME):
                 continue
             staged.publish(PLAN_NAME, to_json(plan))
-            if name in names or name:
-                staged.publish(CODEBOOK_NAME, store.read(CODEBOOK_NAME))
             if plan.spec.layout == "zarr":
                 create_store(staged, plan.spec, plan.num_units)
         if "" in names:
-            if not self._staging.exists(CODEBOOK_NAME):
-                self._staging.publish(CODEBOOK_NAME, self._store.read(CODEBOOK_NAME))
             return
         record = unit_record_name(job.unit)
         _copy(self._store, self._staging, record)

@@ -19,7 +19,7 @@ from cache_builder.formats.manifest import MANIFEST_NAME, PLAN_NAME, CacheManife
 from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.repair import RepairOptions, RepairOutcome, repair_cache
 from cache_builder.retokenize import Retokenized, RetokenizeTask, retokenize_sample
-from cache_builder.stores import Store, absolute_location, open_store
+from cache_builder.stores import Store, open_store
 
 
 class VerifyReport(NamedTuple):
@@ -72,10 +72,9 @@ def run(
         CacheInUseError: It is to be repaired, and another driver writes there.
         SourceError: Images are to be tokenised again, and are not there.
     """
-    location = absolute_location(cache)
     cluster = cluster or ClusterOptions()
     with _locked(open_store(cache)) if repair else contextlib.nullcontext():
-        check = CacheCheck(location)
+        check = CacheCheck(cache)
         check.check_units(range(check.base.num_units), cluster, progress)
         outcome = RepairOutcome([], [])
         conclusion = check.conclude()
@@ -86,8 +85,8 @@ def run(
     damages = conclusion.damages
     retokenized: dict[str, Retokenized] = {}
     if retokenize and not damages:
-        for fingerprint in _tokenizers(location, tokenizer):
-            task = RetokenizeTask(location, fingerprint, images, device, weights)
+        for fingerprint in _tokenizers(check.location, tokenizer):
+            task = RetokenizeTask(check.location, fingerprint, images, device, weights)
             retokenized[fingerprint] = retokenize_sample(task, retokenize, cluster)
         damages = [
             Damage("tokens", f"tokenizer {fingerprint[:12]}: {problem}")

@@ -33,6 +33,7 @@ from cache_builder.formats.manifest import (
     PLAN_NAME,
     SKIPPED_NAME,
     CacheManifest,
+    CacheSpec,
     FileDigest,
     LayerInfo,
     ShardInfo,
@@ -71,6 +72,7 @@ class CacheCheck:
         self.location = absolute_location(location)  # for workers
         self.store: Store = open_store(location)
         self.findings: dict[int, UnitFinding] = {}
+        self._metadata: dict[tuple[CacheSpec, int], tuple[FileDigest, ...]] = {}
         self.read_parts()
 
     def read_parts(self) -> None:
@@ -162,7 +164,7 @@ class CacheCheck:
         known = {LOCK_NAME}
         for part in self.parts.values():
             names = {PLAN_NAME, MANIFEST_NAME, CODEBOOK_NAME, SKIPPED_NAME}
-            names |= {file.path for file in metadata_files(part.spec, part.num_units)}
+            names |= {file.path for file in self._metadata_files(part)}
             if part.manifest.model:
                 names |= {file.path for file in part.manifest.model.store_files}
             known |= {full_name(part.name, name) for name in names}
@@ -252,7 +254,7 @@ class CacheCheck:
 
     def _store_files(self, part: CachePart) -> tuple[tuple[FileDigest, ...], list[Damage]]:
         """Return the metadata files that belong there, and what is wrong with those there."""
-        made = metadata_files(part.spec, part.num_units)
+        made = self._metadata_files(part)
         model = part.manifest.model
         if model is not None and not model.store_files:
             return (), []  # of a cache that was made before they were digested
@@ -273,6 +275,12 @@ class CacheCheck:
             return tuple(right), []
         damages = [file_damage(part.store, part.name, there, file) for file, there in pairs]
         return claims, [damage for damage in damages if damage]
+
+    def _metadata_files(self, part: CachePart) -> tuple[FileDigest, ...]:
+        settings = part.spec, part.num_units
+        if settings not in self._metadata:
+            self._metadata[settings] = metadata_files(*settings)
+        return self._metadata[settings]
 
     def _manifest(
         self,

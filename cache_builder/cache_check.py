@@ -46,7 +46,7 @@ from cache_builder.formats.zarr_store import metadata_files
 from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.stores import LOCK_NAME, Store, absolute_location, open_store
 from cache_builder.unit_checks import CheckTask, UnitChecker, UnitClaim, UnitFinding
-from cache_builder.unit_jobs import run_units
+from cache_builder.unit_jobs import FEW_CHECKS, run_units
 
 Progress = Callable[[int, int], None]
 """Called with the number of units checked and of all units."""
@@ -94,7 +94,7 @@ class CacheCheck:
         closed = {name for name, part in self.parts.items() if self._store_files(part)[1]}
         worker = partial(UnitChecker, CheckTask(self.location, specs, frozenset(closed)))
         claims = [UnitClaim(unit, self._claim(unit)) for unit in units]
-        for done, finding in enumerate(run_units(worker, claims, cluster), 1):
+        for done, finding in enumerate(run_units(worker, claims, cluster, FEW_CHECKS), 1):
             self.findings[finding.unit] = finding
             if progress:
                 progress(done, len(claims))

@@ -16,10 +16,12 @@ import typer
 from cache_builder import __version__
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
+    CodebookCopy,
     Device,
     GpusPerWorker,
     Images,
     Json,
+    MovedImages,
     RayAddress,
     Weights,
     Workers,
@@ -283,12 +285,8 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Make again what is damaged, and nothing else.")
     ] = False,
-    images: Annotated[
-        str | None, typer.Option(help="Where the images lie now, if they have moved.")
-    ] = None,
-    codebook: Annotated[
-        str | None, typer.Option(help="A copy of the codebook, to repair with.")
-    ] = None,
+    images: MovedImages = None,
+    codebook: CodebookCopy = None,
     device: Device = "auto",
     weights: Weights = None,
     ray_address: RayAddress = None,

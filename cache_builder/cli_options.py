@@ -29,6 +29,12 @@ Weights = Annotated[
     str | None,
     typer.Option(help="Weights file of the feature model, if it is not where the codebook says."),
 ]
+MovedImages = Annotated[
+    str | None, typer.Option("--images", help="Where the images lie now, if they have moved.")
+]
+CodebookCopy = Annotated[
+    str | None, typer.Option("--codebook", help="A copy of the codebook, to repair with.")
+]
 
 
 def _numbers(option: str, text: str, count: int) -> list[float]:

@@ -35,7 +35,7 @@ from cache_builder.formats.zarr_store import create_store
 from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.sources import open_source
 from cache_builder.stores import LocalStore, read_location
-from cache_builder.unit_jobs import run_units
+from cache_builder.unit_jobs import FEW_BUILDS, run_units
 from cache_builder.unit_repair import RebuildJob, RebuildTask, UnitRebuilder
 
 _PLAN_FOLDER = "plan"
@@ -255,7 +255,8 @@ class _Repair:
         task = RebuildTask(
             check.location, plans, self._images, self._options.device, self._options.weights
         )
-        for result in run_units(partial(UnitRebuilder, task), jobs, self._options.cluster):
+        rebuilder, cluster = partial(UnitRebuilder, task), self._options.cluster
+        for result in run_units(rebuilder, jobs, cluster, FEW_BUILDS):
             self._outcome.repaired.extend(result.written)
             if result.refused:
                 self._refuse(f"unit {result.unit}: {result.refused}")

@@ -24,7 +24,7 @@ from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.sources import ImageJoin
 from cache_builder.targets import TargetMaker
 from cache_builder.tokenizers import PatchTokenizer
-from cache_builder.unit_jobs import run_units
+from cache_builder.unit_jobs import FEW_CHECKS, run_units
 
 
 class Retokenized(NamedTuple):
@@ -78,7 +78,7 @@ def retokenize_sample(
     with TokenCache.open(task.cache, task.fingerprint) as cache:
         places = _choose(cache, num_images)
     units = [tuple(group) for _, group in groupby(places, key=lambda place: place[0])]
-    counts = list(run_units(partial(_Retokenizer, task), units, cluster))
+    counts = list(run_units(partial(_Retokenizer, task), units, cluster, FEW_CHECKS))
     return Retokenized(*(sum(column) for column in zip(*counts, strict=True)))
 
 

@@ -5,29 +5,33 @@ from typing import TypeVar
 
 from cache_builder.ray_jobs import ClusterOptions, UnitWorker, map_units
 
-_FEW = 16  # they are done before a Ray has started
+FEW_CHECKS = 16  # are done before a Ray has started
+FEW_BUILDS = 2
 
 _U = TypeVar("_U")
 _R = TypeVar("_R")
 
 
 def run_units(
-    make_worker: Callable[[], UnitWorker[_U, _R]], units: Sequence[_U], cluster: ClusterOptions
+    make_worker: Callable[[], UnitWorker[_U, _R]],
+    units: Sequence[_U],
+    cluster: ClusterOptions,
+    few: int,
 ) -> Iterator[_R]:
     """Yield the result of every unit, in the order in which they are done.
 
     Args:
         make_worker: Makes what does the work; it and the units can be pickled.
         units: What is to be done.
-        cluster: Where; without an address or a number of workers, a few units stay here.
+        cluster: Where, if they are more than a few; one worker of this machine is this process.
+        few: So many are done here.
 
     Raises:
         PatchCacheError: What a worker raised.
     """
     if not units:
         return
-    alone = cluster.num_workers == 1 or (cluster.num_workers is None and len(units) <= _FEW)
-    if alone and cluster.address is None:
+    if len(units) <= few or (cluster.num_workers == 1 and cluster.address is None):
         worker = make_worker()
         for unit in units:
             yield worker.run(unit)

@@ -379,13 +379,15 @@ def test_a_cache_on_an_object_store_is_verified_and_repaired_there(
 
 
 @pytest.mark.ray
-def test_units_are_checked_and_repaired_by_workers_of_a_cluster(ray_cluster, tars):
-    before = factories.contents(tars)
-    files = kinds_of_files(tars)
-    named = [files[what] for what in ("shard", "layer's record")]
+def test_units_are_checked_and_repaired_by_workers_of_a_cluster(ray_cluster, finished, tmp_path):
+    images = factories.write_folder(tmp_path / "photos", factories.photo_images(18))
+    cache = build(finished, tmp_path / "cache", images=str(images), unit_size=1)
+    before = factories.contents(cache)
+    files = kinds_of_files(cache)
+    named = [files["shard"], files["layer's record"], "shards/000004.tar", "units/000007.json"]
     for name in named:
-        flip(tars / name)
-    report = check(tars, cluster=ClusterOptions(num_workers=2), repair=True)
+        flip(cache / name)
+    report = check(cache, cluster=ClusterOptions(num_workers=2), repair=True)
     assert (report.problems, report.refused) == ([], [])
     assert sorted(report.repaired) == sorted(named)
-    assert factories.contents(tars) == before
+    assert factories.contents(cache) == before

@@ -17,11 +17,13 @@ from cache_builder.cli_caches import convert, merge, subset
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
     IMAGES,
+    CodebookCopy,
     CpusPerWorker,
     Device,
     GpusPerWorker,
     Images,
     Json,
+    MovedImages,
     RayAddress,
     Weights,
     Workers,
@@ -318,36 +320,51 @@ def build(
 
 @app.command()
 def verify(
-    cache: Annotated[str, typer.Argument(help="A finished cache.")],
+    cache: Annotated[
+        str, typer.Argument(help="A finished cache: a directory, s3://, gs:// or az://.")
+    ],
     retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
-    images: Annotated[
-        str | None, typer.Option(help="Where the images of a cache without images lie now.")
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Which one tokenises again: start of its fingerprint; default all."),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make again what is damaged, and nothing else.")
+    ] = False,
+    images: MovedImages = None,
+    codebook: CodebookCopy = None,
     device: Device = "auto",
     weights: Weights = None,
+    ray_address: RayAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0,
     as_json: Json = False,
 ) -> None:
-    """Check every digest, count, key and id of a cache, and tokenise a sample again.
+    """Check every digest, count, key, id and view of a cache, tokenise a sample again, repair.
 
     Example: `patchcache verify cache/ --retokenize 100`
     """
     from cache_builder import verify as job
-    from cache_builder.console import Steps, verify_lines
+    from cache_builder.console import Steps, verify_lines, verify_result
+    from cache_builder.ray_jobs import ClusterOptions
 
     with Steps("verifying", "units") as progress:
         report = job.run(
             cache,
             retokenize=retokenize,
+            tokenizer=tokenizer,
+            repair=repair,
             images=images,
+            codebook=codebook,
             device=device,
             weights=weights,
+            cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
             progress=progress.update,
         )
     if as_json:
-        again = report.retokenized
-        print_json({**report._asdict(), "retokenized": again._asdict() if again else None})
+        print_json(verify_result(report))
     else:
-        print_lines(*verify_lines(report))
+        print_lines(*verify_lines(report, cache, was_repair=repair))
     if report.problems:
         raise typer.Exit(1)
 

@@ -42,6 +42,12 @@ Weights = Annotated[
     str | None,
     typer.Option(help="Weights file of the feature model, if it is not where the codebook says."),
 ]
+MovedImages = Annotated[
+    str | None, typer.Option("--images", help="Where the images lie now, if they have moved.")
+]
+CodebookCopy = Annotated[
+    str | None, typer.Option("--codebook", help="A copy of the codebook, to repair with.")
+]
 
 
 def refuse_given(context: typer.Context, option: str, names: tuple[str, ...]) -> None:

@@ -41,6 +41,7 @@ _MAX_SKIPPED_LINES = 10
 _MAX_BUILD_LINES = 5
 _BAR_WIDTH = 30
 _MAX_NODES_SHOWN = 8
+_MAX_NOTES = 10
 
 
 class Steps:
@@ -389,15 +390,16 @@ def transform_result(summary: "TransformSummary", out: str) -> dict[str, JsonVal
     }
 
 
-def verify_lines(report: "VerifyReport") -> list[str]:
-    """Say what was checked and what is wrong."""
+def verify_lines(report: "VerifyReport", cache: str, *, was_repair: bool) -> list[str]:
+    """Say what was checked, what is wrong and what to run next."""
     lines = [
         f"files        {report.num_files:,} digested",
         f"samples      {report.num_samples:,}, and {report.num_skipped:,} skipped",
     ]
-    if again := report.retokenized:
+    for fingerprint, again in report.retokenized.items():
+        which = f" by {fingerprint[:12]}" if len(report.retokenized) > 1 else ""
         lines.append(
-            f"retokenised  {again.num_images:,} images, {again.num_tokens:,} token ids: "
+            f"retokenised  {again.num_images:,} images{which}, {again.num_tokens:,} token ids: "
             f"{again.num_different:,} different, {again.num_near_ties:,} near ties"
         )
         if again.num_soft_ids:
@@ -411,8 +413,31 @@ def verify_lines(report: "VerifyReport") -> list[str]:
                 f"             {again.num_features:,} features: "
                 f"{again.num_features_different:,} different"
             )
+    lines += _first("note", report.notes)
+    lines += [f"repaired     {name}" for name in report.repaired]
     lines += [f"damage       {problem}" for problem in report.problems]
-    return [*lines, "result       " + ("damaged" if report.problems else "whole")]
+    lines += [f"refused      {reason}" for reason in report.refused]
+    lines.append("result       " + ("damaged" if report.damages else "whole"))
+    if report.damages and not was_repair:
+        lines.append(f"next         patchcache verify {cache} --repair")
+    return lines
+
+
+def verify_result(report: "VerifyReport") -> dict[str, JsonValue]:
+    """Return what was found, for a script."""
+    return {
+        **report._asdict(),
+        "damages": [damage._asdict() for damage in report.damages],
+        "problems": [*report.problems],
+        "retokenized": {name: again._asdict() for name, again in report.retokenized.items()},
+    }
+
+
+def _first(title: str, texts: list[str]) -> list[str]:
+    """Return a line for each of the first few."""
+    shown = [f"{title:13}{text}" for text in texts[:_MAX_NOTES]]
+    num_left = len(texts) - len(shown)
+    return [*shown, f"{title:13}{num_left:,} further ones"] if num_left else shown
 
 
 def train_lines(summary: "TrainSummary") -> list[str]:

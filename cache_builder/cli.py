@@ -13,17 +13,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cache_builder import __version__
-from cache_builder.cli_caches import convert, merge, subset
+from cache_builder.cli_caches import convert, merge, subset, verify
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
     IMAGES,
-    CodebookCopy,
     CpusPerWorker,
     Device,
     GpusPerWorker,
     Images,
     Json,
-    MovedImages,
     RayAddress,
     Weights,
     Workers,
@@ -146,7 +144,8 @@ def fit(
     Example: `patchcache fit --images photos/ -k 8192 --out codebook.safetensors`
     """
     from cache_builder import fit as job
-    from cache_builder.console import FitProgress, fit_lines
+    from cache_builder.console import fit_lines
+    from cache_builder.progress import FitProgress
     from cache_builder.ray_cluster import ClusterOptions
     from cache_builder.tokenizers.features import FeatureOptions
 
@@ -254,7 +253,8 @@ def build(
 
     Example: `patchcache build --images photos/ --codebook codebook.safetensors --out cache/`
     """
-    from cache_builder.console import BuildProgress, build_lines, build_result
+    from cache_builder.console import build_lines, build_result
+    from cache_builder.progress import BuildProgress
     from cache_builder.ray_cluster import ClusterOptions
 
     cluster = ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker)
@@ -318,58 +318,7 @@ def build(
         print_lines(*build_lines(summary, out))
 
 
-@app.command()
-def verify(
-    cache: Annotated[
-        str, typer.Argument(help="A finished cache: a directory, s3://, gs:// or az://.")
-    ],
-    retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Which one tokenises again: start of its fingerprint; default all."),
-    ] = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Make again what is damaged, and nothing else.")
-    ] = False,
-    images: MovedImages = None,
-    codebook: CodebookCopy = None,
-    device: Device = "auto",
-    weights: Weights = None,
-    ray_address: RayAddress = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = 0,
-    as_json: Json = False,
-) -> None:
-    """Check every digest, count, key, id and view of a cache, tokenise a sample again, repair.
-
-    Example: `patchcache verify cache/ --retokenize 100`
-    """
-    from cache_builder import verify as job
-    from cache_builder.console import Steps, verify_lines, verify_result
-    from cache_builder.ray_jobs import ClusterOptions
-
-    with Steps("verifying", "units") as progress:
-        report = job.run(
-            cache,
-            retokenize=retokenize,
-            tokenizer=tokenizer,
-            repair=repair,
-            images=images,
-            codebook=codebook,
-            device=device,
-            weights=weights,
-            cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
-            progress=progress.update,
-        )
-    if as_json:
-        print_json(verify_result(report))
-    else:
-        print_lines(*verify_lines(report, cache, was_repair=repair))
-    if report.problems:
-        raise typer.Exit(1)
-
-
-for command in (convert, merge, subset):
+for command in (verify, convert, merge, subset):
     app.command()(command)
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from cache_builder import console
 from cache_builder.build import UnitReport
-from cache_builder.console import BuildProgress, duration_text
+from cache_builder.measures import duration_text
+from cache_builder.progress import BuildProgress
 
 
 class Clock:

@@ -1,6 +1,5 @@
 """Commands on a Ray cluster of several raylets do what they do on one machine."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -74,7 +72,7 @@ class Job:
     def __init__(self, address, **settings):
         self.process = subprocess.Popen(
             [sys.executable, DRIVER, address, json.dumps(settings)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}, cwd="/",
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/",
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.finished, self.err = [], []
@@ -345,80 +343,3 @@ def test_a_build_that_is_stopped_says_what_is_kept_and_leaves_nothing_running(
     assert "the same command continues" in err
     assert len(running) > 3
     wait_for_end(running)
-
-
-@pytest.fixture
-def autoscaling_address():
-    """A head node of one CPU whose autoscaler adds raylets of this machine for what is pending."""
-    from ray.util import get_node_ip_address
-
-    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets need a short path
-    address = f"{get_node_ip_address()}:{free_port()}"
-    node = {"resources": {"CPU": 1}, "node_config": {}}
-    config = {
-        "cluster_name": "growing",
-        "max_workers": 2,
-        "head_node_type": "ray.head.default",
-        "upscaling_speed": 10,
-        "idle_timeout_minutes": 5,
-        "provider": {
-            "type": "fake_multinode", "gcs_address": address, "head_node_id": "f" * 51 + "0" * 5,
-            "disable_node_updaters": True, "disable_launch_config_check": True,
-        },
-        "available_node_types": {
-            "ray.head.default": {**node, "max_workers": 0},
-            "one_cpu": {**node, "min_workers": 0, "max_workers": 2},
-        },
-        **{name: {} for name in ("auth", "docker", "file_mounts")},
-        **{
-            name: []
-            for name in (
-                "initialization_commands", "setup_commands", "head_setup_commands",
-                "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
-                "rsync_exclude", "rsync_filter", "cluster_synced_files",
-            )
-        },
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    with (folder / "log").open("w") as log:
-        head = subprocess.Popen(
-            [
-                BIN / "ray", "start", "--head", "--block", "--num-cpus=1", "--disable-usage-stats",
-                f"--port={address.rpartition(':')[2]}", "--include-dashboard=false",
-                f"--temp-dir={folder}", f"--autoscaling-config={folder / 'config.json'}",
-            ],
-            env={
-                **os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-                "RAY_AUTH_MODE": "disabled",
-            },
-            stdout=log, stderr=log,
-        )  # fmt: skip
-    host, _, port = address.rpartition(":")
-    while True:
-        assert head.poll() is None, (folder / "log").read_text()
-        try:
-            socket.create_connection((host, int(port)), 1).close()
-            break
-        except OSError:
-            time.sleep(0.2)
-    yield address
-    started = descendants(head.pid)
-    head.terminate()
-    head.wait(30)
-    for pid in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_workers_that_find_no_place_make_an_autoscaling_cluster_grow(autoscaling_address):
-    # A head node of one CPU holds one worker: a second process is on a node that came for it.
-    job = Job(autoscaling_address, num_units=10_000, seconds=0.1, workers=2)
-    try:
-        job.wait_until(lambda: len({line["pid"] for line in job.finished}) == 2, timeout_s=120)
-        pids = [line["pid"] for line in job.finished]
-        later = next(pid for pid in pids if pid != pids[0])
-        assert pids.index(later) > 2  # the first one worked meanwhile
-    finally:
-        job.process.terminate()
-        job.end(60)

@@ -29,15 +29,17 @@ def test_a_second_driver_is_refused_by_name_until_the_first_is_killed(
     out = tmp_path / "cache" if place == "local" else request.getfixturevalue("bucket") + "/cache"
     options = builds.options_of(images, codebooks, out)
     words = builds.words_of(options)
-    first = builds.start(words, tmp_path / "first.log")
+    drivers = [builds.start(words, tmp_path / "first.log")]
+    (first,) = drivers
     try:
         builds.wait_for(lambda: open_store(out).exists("plan.json") or first.poll() is not None)
         assert first.poll() is None, (tmp_path / "first.log").read_text()
-        second = builds.start(words, tmp_path / "second.log")
-        assert second.wait(builds.TIMEOUT_S) == 1
+        drivers.append(builds.start(words, tmp_path / "second.log"))
+        assert drivers[1].wait(builds.TIMEOUT_S) == 1
         assert first.poll() is None
     finally:
-        builds.kill(first)
+        for driver in drivers:
+            builds.kill(driver)
     *waits_for, line = (tmp_path / "second.log").read_text().splitlines()
     assert len(waits_for) == (place == "s3")  # it says that it looks for signs of life
     holder = f"process {first.pid} on {re.escape(socket.gethostname())}"

@@ -11,7 +11,7 @@ the first ones in the output; further tokenizers have a layer each.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -231,11 +231,12 @@ def _run(job: _Job, cluster: ClusterOptions, progress: Progress | None) -> Trans
             targets=(("", base), *((layer.name, layer.spec.fingerprint) for layer in layers)),
         )
         reports, num_done = [], 0
-        for report in _map_units(task, job.arrangement.units(), cluster):
-            reports.append(report)
-            num_done += report.num_samples + report.num_skipped
-            if progress:
-                progress(num_done, plan.spec.source.num_samples)
+        with contextlib.closing(_map_units(task, job.arrangement.units(), cluster)) as done:
+            for report in done:
+                reports.append(report)
+                num_done += report.num_samples + report.num_skipped
+                if progress:
+                    progress(num_done, plan.spec.source.num_samples)
         infos = []
         for number, layer in enumerate(layers, 1):
             below = layer_store(store, layer.name)
@@ -253,7 +254,7 @@ def _run(job: _Job, cluster: ClusterOptions, progress: Progress | None) -> Trans
 
 def _map_units(
     task: TransformTask, units: Iterator[ArrangedUnit], cluster: ClusterOptions
-) -> Iterator[TransformReport]:
+) -> Generator[TransformReport, None, None]:
     finished = map_units(partial(TransformWorker, task), units, cluster, job="transform")
     with contextlib.closing(finished):
         for result, _, _ in finished:

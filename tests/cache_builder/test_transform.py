@@ -42,7 +42,7 @@ def here(command, options, progress=None):
 
 
 convert, merge, subset = (
-    partial(each) for each in (transform.convert, transform.merge, transform.subset)
+    partial(here, each) for each in (transform.convert, transform.merge, transform.subset)
 )
 
 

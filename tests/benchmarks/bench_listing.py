@@ -1,6 +1,6 @@
 """How fast millions of keys are listed, and in how much memory.
 
-    python -m tests.benchmarks.bench_listing [NUM_KEYS]
+    python -m tests.benchmarks.bench_listing [NUM_KEYS [SOURCE ...]]
 
 Each case runs in a process of its own. `list` is the time until the listing is known (keys sorted,
 doubles excluded), `plan` the time to make every plan unit's JSON from it, as `build` does twice.
@@ -84,13 +84,14 @@ def _measure(make, folder, num_keys, results):
 def main():
     """Print one line per kind of source."""
     num_keys = int(sys.argv[1]) if len(sys.argv) > 1 else 2_000_000
-    cases = [("generated", _generated), ("list", _list), ("tars", _tars), ("zip", _zip),
-             ("folder", _folder)]  # fmt: skip
+    cases = {"generated": _generated, "list": _list, "tars": _tars, "zip": _zip, "folder": _folder}
+    names = sys.argv[2:] or list(cases)
     print(f"{num_keys:,} keys")
     print(f"{'source':10} {'units':>7} {'list s':>7} {'keys/s':>9} {'plan s':>7} {'keys/s':>9} "
           f"{'plan MB':>8} {'peak MB':>8}")  # fmt: skip
     context = multiprocessing.get_context("fork")
-    for name, make in cases:
+    for name in names:
+        make = cases[name]
         with tempfile.TemporaryDirectory() as folder:
             scan = make if make is _generated else make(folder, num_keys)
             results = context.Queue()

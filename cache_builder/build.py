@@ -7,6 +7,7 @@ a fixed name and fixed bytes: a build that was killed is continued by the same c
 with the same cache.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from cache_builder.formats.manifest import (
     ImagesInCache,
     LayerInfo,
     Layout,
+    plan_unit_name,
     read_model,
     to_json,
 )
@@ -117,6 +119,7 @@ def run(options: BuildOptions, progress: Progress | None = None) -> BuildSummary
             images=listing.info.location,
             device=options.device,
             weights=options.weights,
+            decode_threads=options.cluster.threads_per_worker,
         )
         return build_targets(store, plan, task, options.cluster, progress)
 
@@ -138,9 +141,20 @@ def build_targets(
         progress: Called after every unit.
     """
     reports = []
-    worker = partial(BuildWorker, task)
-    with build_log.recording(task.cache, _num_views(store, task.names)) as log:
-        for report in map_units(worker, range(plan.num_units), cluster):
+    units = map_units(
+        partial(BuildWorker, task),
+        range(plan.num_units),
+        cluster,
+        job="build",
+        describe=partial(_unit_name, store),
+        count=_counts,
+    )
+    with (
+        build_log.recording(task.cache, _num_views(store, task.names)) as log,
+        contextlib.closing(units),
+    ):
+        for result, node, seconds in units:
+            report = result._replace(node=node, seconds=seconds)
             reports.append(report)
             log.unit_done(report)
             if progress:
@@ -158,6 +172,22 @@ def _num_views(store: Store, names: Sequence[str]) -> int:
     places = (layer_store(store, name) if name else store for name in names)
     plans = (read_model(BuildPlan, place, PLAN_NAME) for place in places)
     return sum(plan.spec.view_spec.num_views for plan in plans)
+
+
+def _unit_name(store: Store, unit: int) -> str:
+    return f"unit {unit}, whose images {store.where(plan_unit_name(unit))} lists"
+
+
+def _counts(report: UnitReport) -> dict[str, float]:
+    """Return what a unit adds to the metrics of the cluster."""
+    if report.was_there:
+        return {"units_kept": 1}
+    return {
+        "images": report.num_samples,
+        "views": report.num_views,
+        "bytes_read": report.bytes_read,
+        "skipped": report.num_skipped,
+    }
 
 
 def write_manifests(

@@ -32,10 +32,18 @@ class UnitReport(NamedTuple):
     unit: int
     num_samples: int
     num_skipped: int
+    num_views: int  # tokenised by this run
     bytes: int  # written
     was_there: bool  # finished by an earlier run and found undamaged
     summaries: tuple[UnitSummary, ...]  # of every target, for the manifests
     work: UnitWork | None = None  # how this run built it
+    node: str = ""  # where it was done
+    seconds: float = 0  # how long it took there
+
+    @property
+    def bytes_read(self) -> int:
+        """Read by this run, of images."""
+        return self.work.bytes_read if self.work else 0
 
 
 class BuildTask(NamedTuple):
@@ -74,6 +82,8 @@ class BuildWorker:
             unit=unit,
             num_samples=first.shard.num_samples,
             num_skipped=first.shard.num_skipped,
+            num_views=first.shard.num_samples
+            * sum(self._target(name).plan.spec.view_spec.num_views for name in missing),
             bytes=sum(summary.shard.bytes for summary in summaries.values()),
             was_there=not missing,
             summaries=tuple(summaries[name] for name in self._task.names),

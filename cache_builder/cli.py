@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cache_builder import __version__
-from cache_builder.cli_caches import convert, merge, subset
+from cache_builder.cli_caches import convert, merge, subset, verify
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_options import (
     IMAGES,
+    CpusPerWorker,
     Device,
     GpusPerWorker,
     Images,
@@ -132,6 +133,7 @@ def fit(
     ray_address: RayAddress = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0,
+    cpus_per_worker: CpusPerWorker = 1,
     fit_workers: Annotated[
         int | None, typer.Option(min=1, help="Spread k-means over so many Ray actors.")
     ] = None,
@@ -142,8 +144,9 @@ def fit(
     Example: `patchcache fit --images photos/ -k 8192 --out codebook.safetensors`
     """
     from cache_builder import fit as job
-    from cache_builder.console import FitProgress, fit_lines
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.console import fit_lines
+    from cache_builder.progress import FitProgress
+    from cache_builder.ray_cluster import ClusterOptions
     from cache_builder.tokenizers.features import FeatureOptions
 
     if weights == "random" and seed is None:
@@ -178,7 +181,7 @@ def fit(
                 warm_start=warm_start,
                 seed=seed or 0,
                 device=device,
-                cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+                cluster=ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker),
                 fit_workers=fit_workers,
             ),
             job.Progress(progress.sampled, progress.iterated),
@@ -243,21 +246,23 @@ def build(
     ray_address: RayAddress = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0,
+    cpus_per_worker: CpusPerWorker = 1,
     as_json: Json = False,
 ) -> None:
     """Tokenise every image into a cache; the same command continues a build that was stopped.
 
     Example: `patchcache build --images photos/ --codebook codebook.safetensors --out cache/`
     """
-    from cache_builder.console import BuildProgress, build_lines, build_result
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.console import build_lines, build_result
+    from cache_builder.progress import BuildProgress
+    from cache_builder.ray_cluster import ClusterOptions
 
-    cluster = ClusterOptions(ray_address, workers, gpus_per_worker)
+    cluster = ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker)
     if extend:
         from cache_builder import extend as extension
 
         refuse_given(context, "--extend", _SETTLED)
-        with BuildProgress(views or 1) as progress:
+        with BuildProgress() as progress:
             summary = extension.run(
                 extension.ExtendOptions(
                     cache=out,
@@ -281,7 +286,7 @@ def build(
                 f"build needs --{'codebook' if images else 'images'}. "
                 "Without it, --extend adds to a finished cache."
             )
-        with BuildProgress(views or 1) as progress:
+        with BuildProgress() as progress:
             summary = job.run(
                 job.BuildOptions(
                     images=images,
@@ -313,43 +318,7 @@ def build(
         print_lines(*build_lines(summary, out))
 
 
-@app.command()
-def verify(
-    cache: Annotated[str, typer.Argument(help="A finished cache.")],
-    retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
-    images: Annotated[
-        str | None, typer.Option(help="Where the images of a cache without images lie now.")
-    ] = None,
-    device: Device = "auto",
-    weights: Weights = None,
-    as_json: Json = False,
-) -> None:
-    """Check every digest, count, key and id of a cache, and tokenise a sample again.
-
-    Example: `patchcache verify cache/ --retokenize 100`
-    """
-    from cache_builder import verify as job
-    from cache_builder.console import Steps, verify_lines
-
-    with Steps("verifying", "units") as progress:
-        report = job.run(
-            cache,
-            retokenize=retokenize,
-            images=images,
-            device=device,
-            weights=weights,
-            progress=progress.update,
-        )
-    if as_json:
-        again = report.retokenized
-        print_json({**report._asdict(), "retokenized": again._asdict() if again else None})
-    else:
-        print_lines(*verify_lines(report))
-    if report.problems:
-        raise typer.Exit(1)
-
-
-for command in (convert, merge, subset):
+for command in (verify, convert, merge, subset):
     app.command()(command)
 
 

@@ -1,11 +1,22 @@
-"""The commands that make caches of caches: `convert`, `merge`, `subset`."""
+"""The commands on finished caches: `verify`, and `convert`, `merge`, `subset` into other ones."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cache_builder.cli_options import Json, RayAddress, Workers, print_json, print_lines
+from cache_builder.cli_options import (
+    CodebookCopy,
+    Device,
+    GpusPerWorker,
+    Json,
+    MovedImages,
+    RayAddress,
+    Weights,
+    Workers,
+    print_json,
+    print_lines,
+)
 from cache_builder.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +28,57 @@ Layouts = Annotated[
     typer.Option(help="Tars or one Zarr group; by default as it is."),
 ]
 Cache = Annotated[str, typer.Argument(help="A finished cache.")]
+
+
+def verify(
+    cache: Annotated[
+        str, typer.Argument(help="A finished cache: a directory, s3://, gs:// or az://.")
+    ],
+    retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Which one tokenises again: start of its fingerprint; default all."),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make again what is damaged, and nothing else.")
+    ] = False,
+    images: MovedImages = None,
+    codebook: CodebookCopy = None,
+    device: Device = "auto",
+    weights: Weights = None,
+    ray_address: RayAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0,
+    as_json: Json = False,
+) -> None:
+    """Check every digest, count, key, id and view of a cache, tokenise a sample again, repair.
+
+    Example: `patchcache verify cache/ --retokenize 100`
+    """
+    from cache_builder import verify as job
+    from cache_builder.console import verify_lines, verify_result
+    from cache_builder.progress import Steps
+    from cache_builder.ray_jobs import ClusterOptions
+
+    with Steps("verifying", "units") as progress:
+        report = job.run(
+            cache,
+            retokenize=retokenize,
+            tokenizer=tokenizer,
+            repair=repair,
+            images=images,
+            codebook=codebook,
+            device=device,
+            weights=weights,
+            cluster=ClusterOptions(ray_address, workers, gpus_per_worker),
+            progress=progress.update,
+        )
+    if as_json:
+        print_json(verify_result(report))
+    else:
+        print_lines(*verify_lines(report, cache, was_repair=repair))
+    if report.problems:
+        raise typer.Exit(1)
 
 
 def convert(
@@ -38,7 +100,7 @@ def convert(
     Example: `patchcache convert cache/ --layout zarr --out cache.zarr/`
     """
     from cache_builder import transform as job
-    from cache_builder.console import Steps
+    from cache_builder.progress import Steps
     from cache_builder.ray_jobs import ClusterOptions
 
     with Steps("converting", "images") as progress:
@@ -72,7 +134,7 @@ def merge(
     Example: `patchcache merge train/ more/ --out all/`
     """
     from cache_builder import transform as job
-    from cache_builder.console import Steps
+    from cache_builder.progress import Steps
     from cache_builder.ray_jobs import ClusterOptions
 
     with Steps("merging", "images") as progress:
@@ -120,7 +182,7 @@ def subset(
     Example: `patchcache subset cache/ --max-per-class 20 --out small/`
     """
     from cache_builder import transform as job
-    from cache_builder.console import Steps
+    from cache_builder.progress import Steps
     from cache_builder.ray_jobs import ClusterOptions
 
     with Steps("copying", "images") as progress:

@@ -8,7 +8,7 @@ from cache_builder.errors import PatchCacheError
 
 _ALLOCATION_FAILED = "can't allocate memory"
 
-_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
+_STOPPED = (130, 143)  # what typer makes of a KeyboardInterrupt, and `ray_cluster` of SIGTERM
 
 _EXTRA_OF_COMMAND = {
     "fit": "build", "build": "build", "verify": "build", "inspect": "build",
@@ -54,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
         )
         sys.exit(1)
     except SystemExit as exc:
-        if exc.code == _INTERRUPTED:
+        if exc.code in _STOPPED:
             print("stopped; the same command continues", file=sys.stderr)
         raise
 

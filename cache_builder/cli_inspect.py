@@ -18,7 +18,8 @@ def appraise(options: "AppraisalOptions", page: Path | None, *, as_json: bool) -
     from cache_builder import appraisal as job
     from cache_builder import codebook_page
     from cache_builder.appraisal_table import appraisal_result
-    from cache_builder.console import Steps, print_appraisal
+    from cache_builder.console import print_appraisal
+    from cache_builder.progress import Steps
 
     with Steps("measuring", "images") as progress:
         appraisal = job.run(options, progress.update)
@@ -41,8 +42,9 @@ def survey(
     """Count what a cache holds and print it."""
     from cache_builder import cache_page, cache_survey
     from cache_builder.cache_table import survey_result
-    from cache_builder.console import Steps, print_survey
+    from cache_builder.console import print_survey
     from cache_builder.formats.cache import TokenCache
+    from cache_builder.progress import Steps
 
     if images is not None and page is None:
         raise ConfigError(

@@ -18,18 +18,35 @@ Images = Annotated[str, IMAGES]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 RayAddress = Annotated[
     str | None,
-    typer.Option(help="Run on this Ray cluster; by default on this machine's cores."),
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="Run on this Ray cluster: HOST:PORT, or auto on one of its nodes. By default, or with "
+        "local, on this machine's cores.",
+    ),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Ray actors; default one per CPU of the cluster; 0: this process, no Ray."
+        min=0,
+        help="Ray actors; by default as many as the cluster has room for now. For more than that "
+        "an autoscaling cluster adds nodes. 0: in this process, without Ray.",
     ),
 ]
-GpusPerWorker = Annotated[float, typer.Option(min=0, help="GPU share of each actor.")]
+CpusPerWorker = Annotated[
+    float, typer.Option(min=0, help="CPUs of each actor, for decoding beside the tokenizer.")
+]
+GpusPerWorker = Annotated[
+    float, typer.Option(min=0, help="GPUs of each actor; with 0.25 four share one.")
+]
 Weights = Annotated[
     str | None,
     typer.Option(help="Weights file of the feature model, if it is not where the codebook says."),
+]
+MovedImages = Annotated[
+    str | None, typer.Option("--images", help="Where the images lie now, if they have moved.")
+]
+CodebookCopy = Annotated[
+    str | None, typer.Option("--codebook", help="A copy of the codebook, to repair with.")
 ]
 
 

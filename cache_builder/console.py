@@ -1,26 +1,11 @@
-"""What a person sees while a command runs and when it ends: progress, summaries, tables.
+"""What a person sees when a command ends: summaries and tables, on stdout."""
 
-Drawn on stderr, so that stdout holds results alone. Without a terminal the bars print one line
-every few seconds instead.
-"""
-
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from cache_builder.measures import size_text
@@ -29,7 +14,6 @@ from cache_builder.stores import join_location
 if TYPE_CHECKING:
     from cache_builder.appraisal import Appraisal
     from cache_builder.build import BuildSummary
-    from cache_builder.build_worker import UnitReport
     from cache_builder.cache_survey import CacheSurvey
     from cache_builder.fit import FitSummary
     from cache_builder.formats import CacheManifest
@@ -38,129 +22,10 @@ if TYPE_CHECKING:
     from trainer.evaluate import ProbeResult
     from trainer.train import TrainSummary
 
-_SECONDS_BETWEEN_LINES = 5.0
 _MAX_SKIPPED_LINES = 10
 _MAX_BUILD_LINES = 5
 _BAR_WIDTH = 30
-
-
-class Steps:
-    """Progress of one kind of thing, with its rate and the time that is left."""
-
-    def __init__(self, title: str, noun: str) -> None:
-        """Name the work (`verifying`) and what it counts (`units`)."""
-        self._title, self._noun = title, noun
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
-        self._task: TaskID | None = None
-        self._first: tuple[float, int] | None = None  # when the first were done, and how many
-        self._last_line_s = 0.0
-
-    def __enter__(self) -> Self:
-        """Start drawing."""
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Stop drawing."""
-        if self._console.is_terminal:
-            self._progress.stop()
-
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` are done.
-
-        Rate and remaining time are measured from the first call on: what was done before it took
-        the time of starting workers and loading models as well.
-        """
-        now_s = time.monotonic()
-        if self._first is None:
-            self._first, self._last_line_s = (now_s, done), now_s
-        rate = (done - self._first[1]) / max(now_s - self._first[0], 1e-9)
-        note = note or f"{rate:,.0f} {self._noun}/s"
-        if self._console.is_terminal:
-            if self._task is None:
-                self._task = self._progress.add_task(self._title, total=total, note=note)
-            self._progress.update(self._task, completed=done, total=total, note=note)
-        elif rate and now_s - self._last_line_s > _SECONDS_BETWEEN_LINES:
-            self._last_line_s = now_s
-            print(
-                f"{self._title} {done:,}/{total:,} {self._noun}, {note}, "
-                f"eta {(total - done) / rate:,.0f} s",
-                file=sys.stderr,
-            )
-
-
-class FitProgress:
-    """Sampling, then iterations."""
-
-    def __init__(self, num_iterations: int) -> None:
-        """Take the largest number of iterations of all restarts together."""
-        self._num_iterations = num_iterations
-        self._num_done = 0
-        self._sampling = Steps("sampling", "images")
-        self._fitting = Steps("k-means", "iterations")
-
-    def __enter__(self) -> Self:
-        """Start with the sampling."""
-        self._sampling.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Stop what is drawn."""
-        (self._fitting if self._num_done else self._sampling).__exit__(*exc_info)
-
-    def sampled(self, done: int, total: int) -> None:
-        """Images have been sampled."""
-        self._sampling.update(done, total)
-
-    def iterated(self, iteration: int, objective: float) -> None:
-        """An iteration is over."""
-        if not self._num_done:
-            self._sampling.__exit__()
-            self._fitting.__enter__()
-        self._num_done += 1
-        note = f"iteration {iteration}, mean squared distance {objective:,.4g}"
-        self._fitting.update(self._num_done, self._num_iterations, note)
-
-
-class BuildProgress(Steps):
-    """Images, views and bytes per second of a build."""
-
-    def __init__(self, num_views: int) -> None:
-        """Take the number of views per image."""
-        super().__init__("building", "images")
-        self._num_views = num_views
-        self._num_seen = self._num_built = self._num_skipped = self._bytes = 0
-        self._first_unit_s: float | None = None
-
-    def unit_done(self, report: "UnitReport", total: int) -> None:
-        """Count a finished unit; the rate is that of what this run built."""
-        self._num_seen += report.num_samples + report.num_skipped
-        self._num_skipped += report.num_skipped
-        if self._first_unit_s is None:  # its time is that of starting the workers
-            self._first_unit_s = time.monotonic()
-        elif not report.was_there:
-            self._num_built += report.num_samples
-            self._bytes += report.bytes
-        elapsed_s = max(time.monotonic() - self._first_unit_s, 1e-9)
-        rate, per_second = self._num_built / elapsed_s, self._bytes / elapsed_s
-        self.update(
-            self._num_seen,
-            total,
-            f"{rate:,.0f} images/s {rate * self._num_views:,.0f} views/s "
-            f"{size_text(per_second)}/s, {self._num_skipped} skipped",
-        )
+_MAX_NOTES = 10
 
 
 def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
@@ -291,15 +156,16 @@ def transform_result(summary: "TransformSummary", out: str) -> dict[str, JsonVal
     }
 
 
-def verify_lines(report: "VerifyReport") -> list[str]:
-    """Say what was checked and what is wrong."""
+def verify_lines(report: "VerifyReport", cache: str, *, was_repair: bool) -> list[str]:
+    """Say what was checked, what is wrong and what to run next."""
     lines = [
         f"files        {report.num_files:,} digested",
         f"samples      {report.num_samples:,}, and {report.num_skipped:,} skipped",
     ]
-    if again := report.retokenized:
+    for fingerprint, again in report.retokenized.items():
+        which = f" by {fingerprint[:12]}" if len(report.retokenized) > 1 else ""
         lines.append(
-            f"retokenised  {again.num_images:,} images, {again.num_tokens:,} token ids: "
+            f"retokenised  {again.num_images:,} images{which}, {again.num_tokens:,} token ids: "
             f"{again.num_different:,} different, {again.num_near_ties:,} near ties"
         )
         if again.num_soft_ids:
@@ -313,8 +179,31 @@ def verify_lines(report: "VerifyReport") -> list[str]:
                 f"             {again.num_features:,} features: "
                 f"{again.num_features_different:,} different"
             )
+    lines += _first("note", report.notes)
+    lines += [f"repaired     {name}" for name in report.repaired]
     lines += [f"damage       {problem}" for problem in report.problems]
-    return [*lines, "result       " + ("damaged" if report.problems else "whole")]
+    lines += [f"refused      {reason}" for reason in report.refused]
+    lines.append("result       " + ("damaged" if report.damages else "whole"))
+    if report.damages and not was_repair:
+        lines.append(f"next         patchcache verify {cache} --repair")
+    return lines
+
+
+def verify_result(report: "VerifyReport") -> dict[str, JsonValue]:
+    """Return what was found, for a script."""
+    return {
+        **report._asdict(),
+        "damages": [damage._asdict() for damage in report.damages],
+        "problems": [*report.problems],
+        "retokenized": {name: again._asdict() for name, again in report.retokenized.items()},
+    }
+
+
+def _first(title: str, texts: list[str]) -> list[str]:
+    """Return a line for each of the first few."""
+    shown = [f"{title:13}{text}" for text in texts[:_MAX_NOTES]]
+    num_left = len(texts) - len(shown)
+    return [*shown, f"{title:13}{num_left:,} further ones"] if num_left else shown
 
 
 def train_lines(summary: "TrainSummary") -> list[str]:

@@ -80,6 +80,7 @@ def run(options: ExtendOptions, progress: Progress | None = None) -> BuildSummar
             images=options.images or plan.spec.source.location,
             device=options.device,
             weights=options.weights,
+            decode_threads=options.cluster.threads_per_worker,
         )
         return build_targets(store, plan, task, options.cluster, progress)
 

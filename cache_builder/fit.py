@@ -29,7 +29,8 @@ from cache_builder.kmeans import Fit, fit_centroids
 from cache_builder.point_shards import RemoteShard, ShardedPoints, pieces
 from cache_builder.points import PointSet
 from cache_builder.quality import Usage, psnr, usage
-from cache_builder.ray_jobs import ClusterOptions, actor_group
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_groups import actor_group
 from cache_builder.sampling import Sample, SampleDtype, SampleOptions, draw_sample
 from cache_builder.sources import Listing, open_source
 from cache_builder.targets import fidelity

@@ -19,3 +19,12 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time as a person reads it: 42 s, 3 min 05 s, 7 h 20 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours:,} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"

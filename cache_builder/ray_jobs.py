@@ -1,26 +1,30 @@
-"""Running units of work on Ray: the only `import ray` of this package.
+"""Running units of work on Ray, each exactly once as far as the caller can see.
 
-By default a cluster of this machine's cores is started and stopped again; with an address, the
-job joins a running cluster. Work is given to a pool of actors, each of which prepares itself once
-(loads a model, say) and then takes unit after unit. Ray restarts a dead actor and repeats its
-unit, so a unit must be idempotent; images never pass through Ray's object store.
+Work is given to a pool of actors, each of which prepares itself once (loads a model, say) and then
+takes unit after unit. Only an actor that has said that it is ready gets units, so the pool grows
+while the cluster does and nothing waits for a node that has not come yet. An actor that dies is
+replaced; its units are done again elsewhere, so a unit must be idempotent. Images never pass
+through Ray's object store.
+
+Tries are counted for each unit. The units that a dead actor had are tried again alone, so that
+only the one that kills its actors is charged with their deaths. A unit that has used its tries up
+ends the job, after all the others are done.
 """
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+import re
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from cache_builder.errors import (
-    ConfigError,
-    MissingDependencyError,
-    PatchCacheError,
-    WorkerLostError,
-)
+from cache_builder.errors import ConfigError, WorkerLostError
+from cache_builder.ray_cluster import Cluster, ClusterOptions, Meters, connect, node_name
+
+__all__ = ["ClusterOptions", "Finished", "UnitWorker", "map_units"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +34,11 @@ _U = TypeVar("_U")
 _R = TypeVar("_R")
 
 _UNITS_IN_FLIGHT = 2  # per actor, so that none waits for the driver
-_MAX_TRIES = 4  # of one unit, when actors keep dying
-_SMALL_BYTES = 100_000  # what is sent with a call rather than put into the object store
+_MAX_TRIES = 4  # of one unit, and of starting an actor in one place of the pool
+_LAST_ANSWER_S = 10.0  # for what a dead actor had still sent
+_SECONDS_BETWEEN_WARNINGS = 60.0
+_MAX_NAMED = 5
+_LOGGER = "cache_builder"
 
 
 class UnitWorker(Protocol[_UnitT, _ResultT]):
@@ -41,221 +48,396 @@ class UnitWorker(Protocol[_UnitT, _ResultT]):
         """Do one unit of work; doing it twice is the same as doing it once."""
 
 
-class ClusterOptions(NamedTuple):
-    """Where the work runs."""
+class Finished(NamedTuple, Generic[_R]):
+    """A unit that is done."""
 
-    address: str | None = None  # None: a cluster of this machine alone, for this job alone
-    num_workers: int | None = None  # None: one per CPU of the cluster; 0: here, without Ray
-    gpus_per_worker: float = 0
+    result: _R
+    node: str  # where: a host name and the start of Ray's id of the node
+    seconds: float  # how long it took there
+
+
+def _no_counts(result: object) -> Mapping[str, float]:
+    return {}
+
+
+def _plain_name(unit: object) -> str:
+    return f"unit {unit}"
 
 
 def map_units(
-    make_worker: Callable[[], UnitWorker[_U, _R]], units: Iterable[_U], options: ClusterOptions
-) -> Iterator[_R]:
+    make_worker: Callable[[], UnitWorker[_U, _R]],
+    units: Iterable[_U],
+    options: ClusterOptions,
+    *,
+    job: str = "job",
+    describe: Callable[[_U], str] = _plain_name,
+    count: Callable[[_R], Mapping[str, float]] = _no_counts,
+) -> Generator[Finished[_R], None, None]:
     """Yield the result of every unit, in the order in which they are done.
 
+    What a worker logs, from warnings on, is logged here once more.
+
     Args:
-        make_worker: Called once in every actor that gets a unit; it and the units are pickled.
-        units: Not consumed faster than the work is done.
+        make_worker: Called once in every actor; it and the units are pickled.
+        units: Not consumed much faster than the work is done.
         options: Where the work runs.
+        job: Name of the job among the metrics of the cluster.
+        describe: Names a unit in messages, and says where to look.
+        count: Called in the actor: what a result adds to the metrics of the cluster.
 
     Raises:
         PatchCacheError: What a worker raised.
         ConfigError: The cluster cannot be reached.
+        WorkerLostError: A unit killed every worker that took it, no worker lives long enough to
+            take one, or the head node is gone.
     """
     if options.num_workers == 0:
-        worker = make_worker()
-        yield from map(worker.run, units)
+        yield from _here(make_worker, units)
         return
-    with _cluster(options.address) as ray:
-        num_cpus = int(ray.cluster_resources().get("CPU", 1))
-        num_workers = options.num_workers or num_cpus
-        actor_class = ray.remote(_Actor).options(
-            num_cpus=_cpus_of_each(ray, num_workers),
-            num_gpus=options.gpus_per_worker,
-            max_restarts=_MAX_TRIES - 1,
-            max_task_retries=_MAX_TRIES - 1,
+    remaining = iter(units)
+    first = list(islice(remaining, 1))
+    if not first:
+        return
+    with connect(options) as cluster:
+        num_places = cluster.num_places(options)
+        num_workers = options.num_workers or max(1, num_places)
+        num_cpus = options.cpus_per_worker
+        if options.address in {None, "local"}:
+            # No node will be added to this machine: what does not fit would wait for ever.
+            num_cpus = cluster.cpus_for_each(num_workers, num_cpus)
+            if not cluster.num_places(options._replace(cpus_per_worker=num_cpus)):
+                raise ConfigError(
+                    f"--gpus-per-worker {options.gpus_per_worker:g} finds no place: Ray sees "
+                    f"{cluster.describe_resources()}."
+                )
+        actor_class = cluster.ray.remote(_Actor).options(
+            num_cpus=num_cpus, num_gpus=options.gpus_per_worker, max_restarts=0
         )
-        actors = [actor_class.remote(make_worker) for _ in range(num_workers)]
-        remaining = iter(units)
-        waiting: dict[Any, Any] = {}
-
-        def submit(actor: Any) -> None:
-            for unit in islice(remaining, 1):
-                waiting[actor.run.remote(unit)] = actor
-
-        for _ in range(_UNITS_IN_FLIGHT):
-            for actor in actors:
-                submit(actor)
-        while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1)
-            actor = waiting.pop(done[0])
-            result = _get(ray, done[0])
-            submit(actor)
-            yield result
+        pool: _Pool[_U, _R] = _Pool(
+            cluster, lambda: actor_class.remote(make_worker, job, count), job, describe
+        )
+        with pool:
+            yield from pool.run(first, remaining, num_workers)
 
 
-class ActorGroup:
-    """Objects in processes of their own that are all asked at once and keep what they know.
+def _here(
+    make_worker: Callable[[], UnitWorker[_U, _R]], units: Iterable[_U]
+) -> Iterator[Finished[_R]]:
+    """Do the units in this process, one after another."""
+    worker, node = make_worker(), socket.gethostname()
+    for unit in units:
+        started_s = time.monotonic()
+        result = worker.run(unit)
+        yield Finished(result, node, time.monotonic() - started_s)
 
-    Where `map_units` is for work that may be done anywhere and twice, these hold state: when one
-    dies, its state is lost, and so is what they do together.
-    """
 
-    def __init__(self, ray: Any, actors: list[Any]) -> None:
-        self._ray = ray
-        self._actors = actors
+class _Task(Generic[_U]):
+    """A unit and how often it has been tried."""
 
-    def __len__(self) -> int:
-        return len(self._actors)
+    def __init__(self, unit: _U) -> None:
+        self.unit = unit
+        self.num_deaths = 0  # of actors that had this unit alone
+        self.is_suspect = False  # an actor died that had it
 
-    def call(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-        """Call a method of every object, with arguments of its own; return the answers in order.
 
-        Arguments that are the same object for all are sent once.
+class _Place(Generic[_U]):
+    """A place of the pool: an actor, and the next one when that dies."""
 
-        Raises:
-            PatchCacheError: What an object raised.
-            WorkerLostError: A process died.
-        """
-        large = {id(arg): arg for args in arguments for arg in args if _is_large(arg)}
-        stored = {key: self._ray.put(arg) for key, arg in large.items()}
-        pending = [
-            actor.call.remote(method, *(stored.get(id(arg), arg) for arg in args))
-            for actor, args in zip(self._actors, arguments, strict=True)
-        ]
-        return [self._answer(reference) for reference in pending]
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.ready = actor.prepare.remote()
+        self.is_ready = False
+        self.num_failed_starts = 0
+        self.in_flight: dict[Any, _Task[_U]] = {}
 
-    def call_one(self, number: int, method: str, *args: Any) -> Any:
-        """Call a method of one object."""
-        return self._answer(self._actors[number].call.remote(method, *args))
+    @property
+    def has_suspect(self) -> bool:
+        """Whether it works on a unit that must be alone."""
+        return any(task.is_suspect for task in self.in_flight.values())
 
-    def _answer(self, reference: Any) -> Any:
+
+class _Pool(Generic[_U, _R]):
+    """Actors, and the units that they have or that wait for one."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        start: Callable[[], Any],
+        job: str,
+        describe: Callable[[_U], str],
+    ) -> None:
+        self._cluster = cluster
+        self._start = start
+        self._describe = describe
+        self._places: list[_Place[_U]] = []
+        self._waiting: dict[Any, _Place[_U]] = {}  # everything that an answer is waited for
+        self._tasks: deque[_Task[_U]] = deque()
+        self._remaining: Iterator[_U] = iter(())
+        self._fatal: list[tuple[_U, str]] = []  # units that used up their tries, and why
+        self._told: set[str] = set()
+        self._warned_s = time.monotonic()
+        self._meters = Meters(job, node_name())
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        """Let the actors go; kill them where the work is broken off."""
+        for place in self._places if error else ():
+            self._kill(place)
+        self._places.clear()
+        self._waiting.clear()
+
+    def run(
+        self, first: list[_U], remaining: Iterator[_U], num_workers: int
+    ) -> Iterator[Finished[_R]]:
+        """Yield results until every unit is done or has used up its tries."""
+        self._remaining = remaining
+        self._tasks.extend(map(_Task, first))
+        self._look_ahead(num_workers)
+        for _ in range(min(num_workers, len(self._tasks))):
+            self._add_place()
+        while self._waiting:
+            finished: list[Finished[_R]] = []
+            for reference in self._cluster.wait(list(self._waiting)):
+                place = self._waiting.pop(reference)
+                if reference == place.ready:
+                    self._started(place, reference)
+                else:
+                    finished += self._answered(place, reference)
+            self._hand_out(num_workers)
+            self._warn_if_nothing_starts()
+            yield from finished
+        if self._fatal:
+            raise WorkerLostError(self._fatal_message())
+
+    def _look_ahead(self, count: int) -> None:
+        self._tasks.extend(map(_Task, islice(self._remaining, max(0, count - len(self._tasks)))))
+
+    def _add_place(self, num_failed_starts: int = 0) -> None:
+        place: _Place[_U] = _Place(self._start())
+        place.num_failed_starts = num_failed_starts
+        self._places.append(place)
+        self._waiting[place.ready] = place
+
+    def _hand_out(self, num_workers: int) -> None:
+        """Give units to actors that are ready: one to each before any gets a second."""
+        for depth in range(_UNITS_IN_FLIGHT):
+            for place in self._places:
+                if not place.is_ready or len(place.in_flight) != depth:
+                    continue
+                self._look_ahead(num_workers)
+                num_without = sum(not other.in_flight for other in self._places) if depth else 0
+                if len(self._tasks) <= num_without:
+                    break
+                if depth and (self._tasks[0].is_suspect or place.has_suspect):
+                    continue
+                task = self._tasks.popleft()
+                reference = place.actor.run.remote(task.unit)
+                place.in_flight[reference] = task
+                self._waiting[reference] = place
+        if not self._tasks:
+            # What is not needed any more leaves its CPUs and GPUs to others, and a worker that is
+            # still pending does not make the cluster grow.
+            for place in [place for place in self._places if not place.in_flight]:
+                self._drop(place)
+
+    def _started(self, place: _Place[_U], reference: Any) -> None:
         try:
-            return _get(self._ray, reference)
-        except self._ray.exceptions.RayActorError as exc:
+            messages = self._cluster.fetch(reference)
+        except Exception as exc:
+            if not self._cluster.is_loss(exc):
+                raise
+            self._failed_start(place, exc)
+            return
+        place.is_ready = True
+        place.num_failed_starts = 0
+        # A thousand workers that load the same model have the same to say.
+        self._log(message for message in messages if message.text not in self._told)
+        self._told.update(message.text for message in messages)
+        self._show_size()
+
+    def _failed_start(self, place: _Place[_U], exc: Exception) -> None:
+        self._drop(place)
+        num_failed = place.num_failed_starts + 1
+        if num_failed < _MAX_TRIES:
+            self._add_place(num_failed)
+        elif not self._places:
             raise WorkerLostError(
-                "A Ray actor that held a share of the work died (out of memory, or its node was "
-                "lost). Run the same command again; more workers hold less each."
+                f"Ray workers die before they can take work, {num_failed} times in a row: "
+                f"{_reason(exc)} Their logs are in Ray's dashboard and in its logs folder on "
+                "the node; run the same command again when that is mended."
             ) from exc
+        else:
+            logger.warning("a worker does not start and is left out: %s", _reason(exc))
 
-
-@contextlib.contextmanager
-def actor_group(
-    makers: Sequence[Callable[[], Any]], options: ClusterOptions
-) -> Iterator[ActorGroup]:
-    """Make an object in an actor of its own for every maker.
-
-    Args:
-        makers: Pickled, and called in the actors.
-        options: Where they run; its number of workers is not looked at.
-
-    Raises:
-        ConfigError: The cluster cannot be reached.
-    """
-    with _cluster(options.address) as ray:
-        actor_class = ray.remote(_Member).options(
-            num_cpus=_cpus_of_each(ray, len(makers)), num_gpus=options.gpus_per_worker
-        )
-        actors = [actor_class.remote(make) for make in makers]
+    def _answered(self, place: _Place[_U], reference: Any) -> list[Finished[_R]]:
         try:
-            yield ActorGroup(ray, actors)
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+            answer: _Answer[_R] = self._cluster.fetch(reference)
+        except Exception as exc:
+            if not self._cluster.is_loss(exc):
+                raise
+            return self._lost(place, exc)
+        del place.in_flight[reference]
+        return [self._finished(answer)]
+
+    def _finished(self, answer: "_Answer[_R]") -> Finished[_R]:
+        self._log(answer.messages)
+        return Finished(answer.result, answer.node, answer.seconds)
+
+    def _lost(self, place: _Place[_U], exc: Exception) -> list[Finished[_R]]:
+        """Put the units of a dead actor back, and another actor in its place."""
+        in_flight = place.in_flight.copy()
+        self._kill(place)  # if it is only out of reach, it would go on beside its successor
+        self._drop(place)
+        finished, unfinished = [], []
+        for reference, task in in_flight.items():
+            try:
+                finished.append(self._finished(self._cluster.fetch(reference, _LAST_ANSWER_S)))
+            except Exception as error:
+                if not self._cluster.is_loss(error):
+                    raise
+                unfinished.append(task)
+        names = [self._describe(task.unit) for task in unfinished]
+        if len(unfinished) == 1:
+            task = unfinished[0]
+            task.num_deaths += 1
+            if task.num_deaths >= _MAX_TRIES:
+                self._fatal.append((task.unit, _reason(exc)))
+                unfinished.clear()
+            again = f"try {task.num_deaths} of {_MAX_TRIES}"
+        else:
+            again = "each is done again alone"
+        logger.warning("a worker was lost at %s; %s: %s", " or ".join(names), again, _reason(exc))
+        for task in unfinished:
+            task.is_suspect = True
+        self._tasks.extendleft(reversed(unfinished))
+        self._look_ahead(1)
+        if self._tasks:
+            self._add_place()
+        return finished
+
+    def _drop(self, place: _Place[_U]) -> None:
+        """Forget an actor; one that nobody knows ends when it has nothing left to do."""
+        self._places.remove(place)
+        for reference in (place.ready, *place.in_flight):
+            self._waiting.pop(reference, None)
+        self._show_size()
+
+    def _kill(self, place: _Place[_U]) -> None:
+        # The cluster may be gone, and the actor with it.
+        with contextlib.suppress(self._cluster.ray.exceptions.RayError, RuntimeError):
+            self._cluster.ray.kill(place.actor)
+
+    def _show_size(self) -> None:
+        self._meters.set_gauge("workers", sum(place.is_ready for place in self._places))
+
+    def _log(self, messages: Iterable["_Message"]) -> None:
+        for message in messages:
+            logging.getLogger(message.logger).log(message.level, "%s", message.text)
+
+    def _warn_if_nothing_starts(self) -> None:
+        now_s = time.monotonic()
+        if any(place.is_ready for place in self._places):
+            self._warned_s = now_s
+        elif self._places and now_s - self._warned_s > _SECONDS_BETWEEN_WARNINGS:
+            self._warned_s = now_s
+            logger.warning(
+                "waiting for the cluster: %d workers find no place on %s. Other jobs may have "
+                "taken it, or the autoscaler is still adding nodes; fewer --cpus-per-worker or "
+                "--gpus-per-worker need less.",
+                len(self._places), self._cluster.describe_resources(),
+            )  # fmt: skip
+
+    def _fatal_message(self) -> str:
+        named = "; ".join(
+            f"{self._describe(unit)} ({reason.removesuffix('.')})"
+            for unit, reason in self._fatal[:_MAX_NAMED]
+        )
+        more = f" and {len(self._fatal) - _MAX_NAMED} more" if len(self._fatal) > _MAX_NAMED else ""
+        return (
+            f"Killed its worker {_MAX_TRIES} times and was given up: {named}{more}. Everything "
+            "else is done and kept. If memory ran out, run the same command again with fewer "
+            "--workers; if a library crashed at one of its images, take that image away and build "
+            "anew."
+        )
 
 
-class _Member:
-    """An object in a process of its own."""
+class _Message(NamedTuple):
+    """Something that a worker logged."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        self._object = make()
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._object, method)(*args)
+    logger: str
+    level: int
+    text: str
 
 
-def _is_large(value: Any) -> bool:
-    """Say whether a value is worth a place in the object store."""
-    return bool(getattr(value, "nbytes", 0) > _SMALL_BYTES)
+class _Answer(NamedTuple, Generic[_R]):
+    """What an actor sends back for a unit."""
+
+    result: _R
+    node: str
+    seconds: float
+    messages: list[_Message]
 
 
-def _cpus_of_each(ray: Any, num_workers: int) -> float:
-    """Return the CPUs that an actor asks for, so that all of them find a place."""
-    num_cpus = int(ray.cluster_resources().get("CPU", 1))
-    return min(1, num_cpus / num_workers)
+class _Kept(logging.Handler):
+    """Keeps what is logged until it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._messages: list[_Message] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(_Message(record.name, record.levelno, record.getMessage()))
+
+    def take(self) -> list[_Message]:
+        taken, self._messages = self._messages, []
+        return taken
 
 
 class _Actor:
     """A worker in a process of its own."""
 
-    def __init__(self, make_worker: Callable[[], UnitWorker[Any, Any]]) -> None:
+    def __init__(
+        self,
+        make_worker: Callable[[], UnitWorker[Any, Any]],
+        job: str,
+        count: Callable[[Any], Mapping[str, float]],
+    ) -> None:
+        self._make_worker = make_worker
+        self._count = count
+        self._node = node_name()
+        self._meters = Meters(job, self._node)
+        self._kept = _Kept()
+        logging.getLogger(_LOGGER).addHandler(self._kept)
+        # And into the log of this process, which Ray's dashboard shows.
+        logging.getLogger(_LOGGER).addHandler(logging.StreamHandler())
+
+    def prepare(self) -> list[_Message]:
+        """Make the worker; return what was logged meanwhile.
+
+        Not done in `__init__`: what that raises reaches the driver as the death of the actor, its
+        class lost.
+        """
         import torch
 
-        # Several actors share the cores; intra-op threads would only fight over them.
+        # Several actors share the cores; intra-op threads would only fight over them. A worker
+        # that has several cores to itself may set another number.
         torch.set_num_threads(1)
-        self._make_worker = make_worker
+        self._worker = self._make_worker()
+        return self._kept.take()
 
-    @cached_property
-    def _worker(self) -> UnitWorker[Any, Any]:
-        # Made by the first unit: what `__init__` raises reaches the driver as the death of the
-        # actor, its class lost.
-        return self._make_worker()
-
-    def run(self, unit: Any) -> Any:
-        return self._worker.run(unit)
-
-
-def _get(ray: Any, reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as exc:
-        # What a user can mend is worth more without Ray's wrapper and its remote traceback.
-        if isinstance(exc.cause, PatchCacheError | OSError | MemoryError):
-            raise exc.cause from None
-        raise
+    def run(self, unit: Any) -> _Answer[Any]:
+        started_s = time.monotonic()
+        result = self._worker.run(unit)
+        seconds = time.monotonic() - started_s
+        self._meters.unit_done(seconds, self._count(result))
+        return _Answer(result, self._node, seconds, self._kept.take())
 
 
-@contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
-    """Connect to a cluster, or start one and stop it afterwards."""
-    ray = _import_ray()
-    if ray.is_initialized():
-        yield ray
-        return
-    options: dict[str, Any] = {"logging_level": logging.ERROR}
-    if address is None:
-        # `local` starts a new cluster even where RAY_ADDRESS names another one.
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
-    else:
-        package = Path(__file__).parent
-        options |= {"address": address, "runtime_env": {"py_modules": [str(package)]}}
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as exc:
-        raise ConfigError(
-            f"No Ray cluster answers at {address or 'this machine'}: {_first_line(exc)} "
-            "Is it running? A cluster that asks for a token (Ray's default for `ray start`) needs "
-            "RAY_AUTH_MODE=token here; on one of its nodes `--ray-address auto` does without."
-        ) from exc
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as exc:
-        raise MissingDependencyError(
-            "This command needs 'ray', which is not installed. Run: pip install 'patchcache[build]'"
-        ) from exc
-    return ray
+def _reason(exc: Exception) -> str:
+    """Return the first sentence of what Ray says about a loss."""
+    text = " ".join(str(exc).split())
+    found = re.search(r"The actor is dead because .*|The actor died because of .*", text)
+    sentence, _, _ = (found[0] if found else text).partition(". ")
+    return (sentence.strip() or type(exc).__name__).removesuffix(".") + "."

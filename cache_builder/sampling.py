@@ -178,7 +178,10 @@ def draw_sample(
         options.dtype,
         options.seed,
     )
-    for sample in map_units(worker, missing, options.cluster) if missing else ():
+    finished = map_units(
+        worker, missing, options.cluster, job="fit", describe=_unit_name, count=_counts
+    )
+    for sample in (unit.result for unit in finished):
         records[sample.unit] = sample_store.write_unit(store, sample)
         num_done += num_seen[sample.unit]
         if progress:
@@ -191,6 +194,15 @@ def draw_sample(
         num_skipped=sum(record.num_skipped for record in whole.values()),
         num_units_kept=len(draws) - len(missing),
     )
+
+
+def _unit_name(draw: UnitDraw) -> str:
+    rows = draw.unit.rows
+    return f"unit {draw.unit.unit}, {rows[0].source} to {rows[-1].source}"
+
+
+def _counts(sample: UnitSample) -> dict[str, float]:
+    return {"images": sample.num_images, "skipped": sample.num_skipped}
 
 
 class SampleWorker:

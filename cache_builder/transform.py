@@ -256,7 +256,10 @@ def _run(job: _Job, cluster: ClusterOptions, progress: Progress | None) -> Trans
 def _map_units(
     task: TransformTask, units: Iterator[ArrangedUnit], cluster: ClusterOptions
 ) -> Generator[TransformReport, None, None]:
-    yield from map_units(partial(TransformWorker, task), units, cluster)
+    finished = map_units(partial(TransformWorker, task), units, cluster, job="transform")
+    with contextlib.closing(finished):
+        for result, _, _ in finished:
+            yield result
 
 
 def _refuse_lost_images(cache: InputCache) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cache_builder import build
 from cache_builder.build_worker import BuildTask, BuildWorker
-from cache_builder.commit import read_summaries, write_manifest
+from cache_builder.commit import describe_layer, read_summaries, write_manifest
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
 from cache_builder.formats.manifest import (
     BuildPlan,
@@ -26,7 +26,7 @@ from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode
 from cache_builder.planning import settle_plan
 from cache_builder.sources import Listing, open_source
-from cache_builder.stores import open_store
+from cache_builder.stores import join_location, open_store
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 
 PATCH = 4  # side of a patch of the drawn pictures
@@ -166,7 +166,8 @@ def build_cache(listing: Listing | None = None, **settings: Any) -> CacheManifes
     """Build a cache as `patchcache build` does, one unit after another in this process."""
     options = build.BuildOptions(**({"device": "cpu"} | settings))
     plan = plan_cache(listing, **settings)
-    worker = make_worker(options.out, plan, images=options.images, weights=options.weights)
+    task = {"names": ("", *plan.layers), "images": options.images, "weights": options.weights}
+    worker = make_worker(options.out, plan, **task)
     for unit in range(plan.num_units):
         worker.run(unit)
     return finish(options.out)
@@ -178,7 +179,9 @@ def plan_cache(listing: Listing | None = None, **settings: Any) -> BuildPlan:
     codebook = Codebook.load(options.codebook)
     listing = listing or open_source(options.images).scan(options.unit_size)
     spec = build._cache_spec(options, codebook, listing)
-    return settle_plan(open_store(options.out), spec, listing.units, codebook)
+    further = [Codebook.load(path) for path in options.further_codebooks]
+    layers = [build._layer_spec(options, spec, each) for each in further]
+    return settle_plan(open_store(options.out), spec, listing.units, codebook, layers)
 
 
 def make_worker(cache_dir: Path, plan: BuildPlan, **task: Any) -> BuildWorker:
@@ -188,10 +191,13 @@ def make_worker(cache_dir: Path, plan: BuildPlan, **task: Any) -> BuildWorker:
 
 
 def finish(cache_dir: Path) -> CacheManifest:
-    """Write the manifest that belongs to the commit records."""
-    store = open_store(cache_dir)
+    """Write the manifests that belong to the commit records, those of layers first."""
     plan = read(BuildPlan, cache_dir, "plan.json")
-    return write_manifest(store, plan, read_summaries(store, plan.num_units))
+    layers = [
+        describe_layer(name, finish(join_location(cache_dir, name))) for name in sorted(plan.layers)
+    ]
+    store = open_store(cache_dir)
+    return write_manifest(store, plan, read_summaries(store, plan.num_units), tuple(layers))
 
 
 def read(model, cache_dir: Path, name: str):

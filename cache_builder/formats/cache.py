@@ -28,7 +28,7 @@ from cache_builder.formats.payloads import (
     sum_features,
     sum_soft,
 )
-from cache_builder.formats.sample import CachedSample
+from cache_builder.formats.sample import CachedSample, SampleInfo
 from cache_builder.formats.shards import TarShard
 from cache_builder.formats.zarr_store import ZarrShard
 from cache_builder.stores import Store, join_location, open_store
@@ -55,6 +55,9 @@ class Shard(Protocol):
 
     def columns(self) -> ShardColumns:
         """Return the targets of all samples as arrays."""
+
+    def info(self, row: int) -> SampleInfo:
+        """Return where a sample came from and how large its picture was."""
 
     def close(self) -> None:
         """Release the files."""
@@ -274,12 +277,9 @@ class TokenCache:
     def _check_array(
         self, sample: CachedSample, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
-        values = getattr(sample, name)
-        if values is None or values.shape != shape or values.dtype != dtype:
-            found = "missing" if values is None else f"{values.shape} {values.dtype}"
+        if problem := array_problem(sample, name, shape, dtype):
             raise ArtifactError(
-                f"{self.location}: {name.replace('_', ' ')} of {sample.key} are {found}, expected "
-                f"{shape} {dtype}. Run `patchcache verify {self.location}`."
+                f"{self.location}: {problem}. Run `patchcache verify {self.location}`."
             )
 
     def _open_shard(self, index: int) -> Shard:
@@ -293,6 +293,17 @@ class TokenCache:
         if images is None and len(opened) == 1:
             return opened[0]
         return _Layers(self.location, opened, images)
+
+
+def array_problem(
+    sample: CachedSample, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> str | None:
+    """Say what is wrong with the shape or type of an array of a sample, or None."""
+    values = getattr(sample, name)
+    if values is not None and values.shape == shape and values.dtype == dtype:
+        return None
+    found = "missing" if values is None else f"{values.shape} {values.dtype}"
+    return f"{name.replace('_', ' ')} of {sample.key} are {found}, expected {shape} {dtype}"
 
 
 class _Part(NamedTuple):
@@ -351,6 +362,9 @@ class _Layers:
         if self._images is not None:
             sizes["image"] = _part_bytes(self._images)["image"]
         return sizes
+
+    def info(self, row: int) -> SampleInfo:
+        return self._parts[0].info(row)
 
     def close(self) -> None:
         for part in (*self._parts, *([self._images] if self._images else [])):

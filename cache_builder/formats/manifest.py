@@ -398,5 +398,5 @@ def read_model(model: type[_Model], store: Store, name: str) -> _Model:
     except ValidationError as exc:
         raise ArtifactError(
             f"{place} is damaged: {first_problem(exc)}. "
-            "Delete it and run the same `patchcache build` again."
+            "Run `patchcache verify --repair` on the cache."
         ) from exc

@@ -42,6 +42,13 @@ class CachedSample(NamedTuple):
         return restore_features(self.features, self.feature_scales)
 
 
+class SampleInfo(NamedTuple):
+    """What only a person or a check asks of a cached sample."""
+
+    source: str  # path within the source
+    image_size: tuple[int, int]  # (height, width) of the decoded picture
+
+
 class NewSample(NamedTuple):
     """A sample on its way into a cache: what is read back, and what only a person asks for."""
 

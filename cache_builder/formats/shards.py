@@ -28,8 +28,14 @@ from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import NO_LABEL, ShardColumns, npy_column
 from cache_builder.formats.manifest import FileDigest, SampleEntry, UnitRecord, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
-from cache_builder.formats.sample import CachedSample, NewSample, from_npy, npy_bytes
-from cache_builder.stores import Store
+from cache_builder.formats.sample import (
+    CachedSample,
+    NewSample,
+    SampleInfo,
+    from_npy,
+    npy_bytes,
+)
+from cache_builder.stores import RandomReader, Store
 
 TOKENS = "tokens.npy"
 VIEWS = "views.npy"
@@ -160,8 +166,10 @@ def check_end(tar: tarfile.TarFile) -> None:
 class TarShard:
     """Random access to the samples of one tar, by the offsets of its commit record."""
 
-    def __init__(self, store: Store, unit: int, record: UnitRecord) -> None:
-        """Open the tar.
+    def __init__(
+        self, store: Store, unit: int, record: UnitRecord, file: RandomReader | None = None
+    ) -> None:
+        """Open the tar, unless it is opened already.
 
         Raises:
             ArtifactError: It is missing.
@@ -170,7 +178,7 @@ class TarShard:
         self._path = store.where(shard_name(unit))
         self._entries = record.samples
         try:
-            self._file = store.open(shard_name(unit))
+            self._file = file or store.open(shard_name(unit))
         except OSError as exc:
             raise ArtifactError(
                 f"{self._path} cannot be opened ({exc}). Run `patchcache verify {store.location}`."
@@ -280,6 +288,21 @@ class TarShard:
                 f"Run `patchcache verify {self._store.location}`."
             )
         return data
+
+    def info(self, row: int) -> SampleInfo:
+        """Return what a sample's JSON says beside its label.
+
+        Raises:
+            ArtifactError: It is damaged.
+        """
+        entry = self._entries[row]
+        place = f"{self._path}: {entry.key}.{INFO}"
+        try:
+            fields = json.loads(self._file.read(*entry.members[INFO]))
+            size = int(fields["height"]), int(fields["width"])
+            return SampleInfo(str(fields["source"]), size)
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ArtifactError(f"{place} is damaged ({exc}).") from exc
 
     def close(self) -> None:
         """Close the tar."""

@@ -23,6 +23,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
@@ -34,7 +35,7 @@ from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import ShardColumns
 from cache_builder.formats.manifest import CacheSpec, FileDigest, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
-from cache_builder.formats.sample import CachedSample, NewSample
+from cache_builder.formats.sample import CachedSample, NewSample, SampleInfo
 from cache_builder.stores import RandomReader, Store
 
 STORE_NAME = "tokens.zarr"
@@ -234,7 +235,7 @@ class ZarrShard:
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
             self._keys: list[str] = group["keys"][rows].tolist()
-            self._size_rows = group["sizes"], rows
+            self._group, self._rows = group, rows
             self._extra: list[str] = group["extra"][rows].tolist() if spec.has_extra else []
             # A unit whose images were all skipped has no image file.
             if num_samples and spec.images_in_cache != "none":
@@ -284,13 +285,32 @@ class ZarrShard:
         Raises:
             ArtifactError: The sizes of the images cannot be read.
         """
-        sizes, rows = self._size_rows
         try:
-            image_sizes = sizes[rows]
+            image_sizes = self._group["sizes"][self._rows]
         except _UNREADABLE as exc:
             raise self._damaged(exc) from exc
         labels = np.array(self._labels, np.int64)
         return ShardColumns(self._keys, labels, image_sizes, self._views, self._tokens)
+
+    def info(self, row: int) -> SampleInfo:
+        """Return where a sample came from and how large its picture was.
+
+        Raises:
+            ArtifactError: The store is damaged.
+        """
+        return self._infos[row]
+
+    @cached_property
+    def _infos(self) -> list[SampleInfo]:
+        try:
+            sources = self._group["source"][self._rows].tolist()
+            sizes = self._group["sizes"][self._rows].tolist()
+        except _UNREADABLE as exc:
+            raise self._damaged(exc) from exc
+        return [
+            SampleInfo(source, (height, width))
+            for source, (height, width) in zip(sources, sizes, strict=True)
+        ]
 
     def close(self) -> None:
         """Close the image file."""

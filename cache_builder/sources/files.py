@@ -1,6 +1,7 @@
 """Images that are files of their own: read one by one, remote ones a few at once."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,15 +60,13 @@ def read_row(root: str, row: PlanRow) -> bytes | ImageError:
 
 def _read_local(path: Path) -> bytes | ImageError:
     try:
-        problem = names.size_problem(path.stat().st_size)
-        if problem:
-            return ImageError(problem)
-        with path.open("rb") as file:
-            data = file.read(names.MAX_IMAGE_BYTES + 1)  # a device has no size and no end
+        status = path.stat()
+        if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            return ImageError("it is a device, not a file")  # and may have no end
+        problem = names.size_problem(status.st_size)
+        return ImageError(problem) if problem else path.read_bytes()
     except OSError as exc:
         raise SourceError(
             f"{path} cannot be read: {exc.strerror or os.strerror(exc.errno or 0)}. It was there "
             "when the source was listed; restore it and run the same command again."
         ) from exc
-    problem = names.size_problem(len(data))
-    return ImageError(problem) if problem else data

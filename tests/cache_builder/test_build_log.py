@@ -37,7 +37,9 @@ def a_run(**changes):
 
 
 def a_report(num_samples, num_bytes, work):
-    return UnitReport(0, num_samples, 0, num_bytes, was_there=work is None, summaries=(), work=work)
+    return UnitReport(
+        0, num_samples, 0, 0, num_bytes, was_there=work is None, summaries=(), work=work
+    )
 
 
 @pytest.mark.ray

@@ -82,7 +82,8 @@ def test_wrong_usage_exits_with_2(patchcache, words):
         ),
         (
             "build --images nowhere --codebook codebook.safetensors --out new",
-            "patchcache build: nowhere is not there. Pass a folder of images, or tars.",
+            "patchcache build: nowhere is not there. Pass a folder of images, or tars, "
+            "zips, Parquet files or a list.",
         ),
         (
             "build --images images --codebook codebook.safetensors --out new --scale 1",
@@ -153,7 +154,11 @@ def test_verify_prints_its_result_and_exits_with_1_on_damage(patchcache, cache):
     outcome = patchcache("verify", cache)
     assert outcome.status == 1
     assert re.search(r"damage +unit 0: .*000000.tar has SHA-256", outcome.out)
-    assert outcome.out.endswith("damaged\n")
+    assert outcome.out.endswith(f"damaged\nnext         patchcache verify {cache} --repair\n")
+    outcome = patchcache("verify", cache, "--repair", "--device", "cpu")
+    assert outcome.status == 0
+    assert re.search(r"repaired +shards/000000.tar", outcome.out)
+    assert outcome.out.endswith("whole\n")
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,125 @@
 """Commands on a Ray cluster of several raylets do what they do on one machine."""
 
+import json
+import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 
+from cache_builder.errors import ConfigError
+from cache_builder.ray_cluster import ClusterOptions, connect
+from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = Path(__file__).with_name("ray_driver.py")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
-def cluster_address():
-    """Three raylets of one CPU each, as on three machines."""
+def cluster():
+    """Three raylets of one CPU each, as on three machines, with a dashboard that takes jobs."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    # As on other machines, nothing of ours is there before a job brings it along.
+    path = os.environ.pop("PYTHONPATH", None)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "dashboard_port": free_port(),
+            "dashboard_agent_listen_port": free_port(),
+            "_system_config": {
+                "metrics_report_interval_ms": 1000,
+                "health_check_initial_delay_ms": 0,
+                "health_check_period_ms": 500,
+                "health_check_failure_threshold": 4,
+            },
+        },
+    )
     for _ in range(2):
         cluster.add_node(num_cpus=1)
-    yield cluster.address
+    if path is not None:
+        os.environ["PYTHONPATH"] = path
+    yield cluster
     cluster.shutdown()
 
 
-def patchcache(*words):
+@pytest.fixture(scope="module")
+def cluster_address(cluster):
+    return cluster.address
+
+
+class Job:
+    """`ray_driver` as a process, and what it has said so far."""
+
+    def __init__(self, address, **settings):
+        self.process = subprocess.Popen(
+            [sys.executable, DRIVER, address, json.dumps(settings)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/",
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.finished, self.err = [], []
+        self._threads = [
+            threading.Thread(target=self._read, args=(self.process.stdout, self._take)),
+            threading.Thread(target=self._read, args=(self.process.stderr, self.err.append)),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, stream, take):
+        with stream:
+            for line in stream:
+                take(line)
+
+    def _take(self, line):
+        self.finished.append(json.loads(line))
+
+    def wait_until(self, condition, timeout_s=60):
+        started_s = time.monotonic()
+        while not condition():
+            assert self.process.poll() is None, self.err
+            assert time.monotonic() - started_s < timeout_s, (self.finished, self.err)
+            time.sleep(0.05)
+
+    def end(self, timeout_s=120):
+        """Wait for the end; return the exit status and what was said on stderr."""
+        status = self.process.wait(timeout_s)
+        for thread in self._threads:
+            thread.join()
+        return status, "".join(self.err)
+
+    @property
+    def nodes(self):
+        return {line["node"] for line in self.finished}
+
+    @property
+    def units(self):
+        return sorted(line["unit"] for line in self.finished)
+
+
+def patchcache(*words, environment=None):
     command = [sys.executable, "-m", "cache_builder.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, env={**os.environ, **(environment or {})}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
 
 
 def test_a_fit_spread_over_raylets_gives_the_bytes_of_a_fit_on_one_machine(
@@ -43,3 +138,208 @@ def test_a_fit_spread_over_raylets_gives_the_bytes_of_a_fit_on_one_machine(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "many.safetensors", "one.safetensors", "photos",
     ]  # fmt: skip
+
+
+def test_nodes_get_the_package_with_its_kernels_and_each_warning_is_told_once(cluster_address):
+    job = Job(cluster_address, num_units=12)
+    status, err = job.end()
+    assert status == 0, err
+    assert job.units == list(range(12))
+    assert len(job.nodes) == 3
+    packages = {line["package"] for line in job.finished}
+    assert all("py_modules_files" in package for package in packages), packages
+    if LIBRARY.is_file():
+        assert all(line["has_kernels"] for line in job.finished)
+    assert sorted(err.splitlines()) == sorted(f"skipped image of unit {i}" for i in range(12))
+
+
+def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewhere(cluster):
+    # Five workers for three CPUs: two of them are pending, and hold up nothing.
+    job = Job(cluster.address, num_units=60, seconds=0.5, workers=5)
+    try:
+        job.wait_until(lambda: len(job.nodes) == 3)
+        before = job.nodes
+        added = cluster.add_node(num_cpus=1)
+        job.wait_until(lambda: job.nodes - before)
+        lost = next(line for line in job.finished if line["node"] not in before)
+        cluster.remove_node(added, allow_graceful=False)
+        os.kill(lost["pid"], signal.SIGKILL)  # its machine is gone, not its raylet alone
+        status, err = job.end()
+    finally:
+        job.process.kill()
+    assert status == 0, err
+    assert job.units == list(range(60))
+    assert "a worker was lost at unit" in err
+
+
+def test_a_unit_that_kills_every_worker_is_named_when_the_others_are_done(cluster_address):
+    job = Job(cluster_address, num_units=30, seconds=0.3, poison=[14])
+    job.wait_until(lambda: len(job.finished) > 2)
+    os.kill(job.finished[-1]["pid"], signal.SIGKILL)  # one that did nothing wrong
+    status, err = job.end()
+    assert status == 1
+    assert job.units == [unit for unit in range(30) if unit != 14]
+    lost = [line for line in err.splitlines() if line.startswith("a worker was lost at")]
+    assert [line.split(": ")[0] for line in lost if "unit 14; try" in line] == [
+        f"a worker was lost at unit 14; try {number} of 4" for number in (1, 2, 3, 4)
+    ]
+    assert not [line for line in lost if "unit 14" not in line and "try 2 of 4" in line]
+    last = err.splitlines()[-1]
+    assert "Killed its worker 4 times and was given up: unit 14 (The actor" in last
+    assert "Everything else is done and kept" in last
+
+
+def metrics_of(cluster):
+    """Return the metrics pages of all nodes as one text, which is what Prometheus reads."""
+    from ray._raylet import GcsClient
+
+    nodes = GcsClient(address=cluster.address).get_all_node_info().values()
+    pages = []
+    for node in nodes:
+        if node.state == 0:
+            url = f"http://{node.node_manager_address}:{node.metrics_export_port}/metrics"
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                pages.append(answer.read().decode())
+    return "\n".join(pages)
+
+
+def wait_for_end(pids, timeout_s=20):
+    started_s = time.monotonic()
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() - started_s < timeout_s, alive
+        time.sleep(0.1)
+
+
+def test_what_workers_count_is_on_the_metrics_pages_until_a_stop_ends_them_all(cluster):
+    job = Job(cluster.address, num_units=1000, seconds=0.1)
+    try:
+        job.wait_until(lambda: len(job.finished) > 5)
+        node = job.finished[0]["node"]
+        wanted = {
+            "ray_patchcache_images_total{": ('job="waiting"', f'node="{node}"'),
+            "ray_patchcache_unit_seconds_bucket{": ('job="waiting"', f'node="{node}"', 'le="1.0"'),
+            "ray_patchcache_workers{": ('job="waiting"',),
+        }
+
+        def is_shown():
+            lines = metrics_of(cluster).splitlines()
+            return all(
+                any(line.startswith(name) and all(tag in line for tag in tags) for line in lines)
+                for name, tags in wanted.items()
+            )
+
+        job.wait_until(is_shown, timeout_s=60)
+        job.process.terminate()
+        status, err = job.end(30)
+    finally:
+        job.process.kill()
+    assert status == 143
+    assert err.endswith("stopped; the same command continues\n")
+    wait_for_end({line["pid"] for line in job.finished})
+
+
+def test_a_command_that_is_sent_with_ray_job_submit_builds_a_whole_cache(
+    tmp_path, codebook_path, cluster
+):
+    folder = tmp_path / "sent"
+    factories.write_folder(folder / "photos", factories.photo_images(12))
+    shutil.copy(codebook_path, folder)
+    done = subprocess.run(
+        [
+            BIN / "ray", "job", "submit", "--address", f"http://{cluster.head_node.webui_url}",
+            "--working-dir", ".", "--", "env", f"PYTHONPATH={ROOT}", BIN / "patchcache", "build",
+            "--images", "photos", "--codebook", codebook_path.name, "--out", tmp_path / "cache",
+            "--unit-size", "3", "--ray-address", "auto",
+        ],
+        cwd=folder, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "images       12, 1 views each" in done.stdout
+    factories.build_cache(
+        images=str(folder / "photos"), codebook=codebook_path, out=tmp_path / "alone", unit_size=3
+    )
+    assert factories.contents(tmp_path / "cache/shards") == factories.contents(
+        tmp_path / "alone/shards"
+    )
+
+
+def test_an_address_that_a_driver_cannot_join_is_refused_by_name(tmp_path, codebook_path):
+    with (
+        pytest.raises(ConfigError, match=r"^ray://head:10001 is an address of Ray Client"),
+        connect(ClusterOptions("ray://head:10001")),
+    ):
+        pass
+    # `ray job submit` sets RAY_ADDRESS for its jobs, and people set it for `ray job submit`.
+    images = factories.write_folder(tmp_path / "photos", factories.photo_images(2))
+    words = ["--images", images, "--codebook", codebook_path, "--out", tmp_path / "cache"]
+    done = patchcache("build", *words, environment={"RAY_ADDRESS": "http://head:8265"})
+    assert done.returncode == 1
+    assert "http://head:8265 is where a cluster takes jobs" in done.stderr
+    assert "pass --ray-address local" in done.stderr
+
+
+def test_a_head_node_that_is_gone_is_one_line():
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    address = cluster.address
+    job = Job(address, num_units=1000, patience=3)
+    try:
+        job.wait_until(lambda: job.finished)
+        for process in cluster.head_node.all_processes["gcs_server"]:
+            os.kill(process.process.pid, signal.SIGKILL)
+        status, err = job.end()
+    finally:
+        job.process.kill()
+        cluster.shutdown()
+    assert status == 1
+    last = err.splitlines()[-1]
+    assert f"The head node of the Ray cluster at {address} is gone" in last
+    assert "Run the same command again" in last
+
+
+def descendants(pid):
+    """Return the processes below one, as Linux lists them."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [found for child in children for found in (int(child), *descendants(child))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_stopped_says_what_is_kept_and_leaves_nothing_running(
+    tmp_path, codebook_path, number
+):
+    photos = factories.write_folder(tmp_path / "photos", factories.photo_images(6))
+    waits = photos / "b/005.jpg"  # gives its content never
+    waits.unlink()
+    os.mkfifo(waits)
+    words = [
+        "build", "--images", photos, "--codebook", codebook_path, "--out", tmp_path / "cache",
+        "--unit-size", "2", "--workers", "1", "--device", "cpu", "--ray-address", "local",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cache_builder.cli", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        started_s = time.monotonic()
+        while not (tmp_path / "cache/units/000001.json").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() - started_s < 60
+            time.sleep(0.05)
+        time.sleep(0.5)
+        running = descendants(process.pid)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if number == signal.SIGINT else 143), err
+    assert out == ""
+    assert "stopped after 4 of 6 images; 2 finished units are kept" in err
+    assert "the same command continues" in err
+    assert len(running) > 3
+    wait_for_end(running)

@@ -14,8 +14,8 @@ from cache_builder.formats.manifest import (
 )
 from cache_builder.formats.sample import NewSample
 from cache_builder.formats.shards import ShardWriter
+from cache_builder.retokenize import Retokenized
 from cache_builder.stores import open_store
-from cache_builder.verify import Retokenized
 from cache_builder.verify import run as verify
 from tests import factories
 
@@ -63,19 +63,24 @@ def test_a_whole_cache_has_no_problem_and_the_same_tokens_again(make, layout, im
     report = verify(cache, retokenize=100, device="cpu", progress=lambda *step: told.append(step))
     assert report.problems == []
     assert (report.num_samples, report.num_skipped) == (5, 1)
-    assert report.retokenized == Retokenized(5, 5 * 2 * 16, 0, 0)
+    (again,) = report.retokenized.values()
+    assert again == Retokenized(5, 5 * 2 * 16, 0, 0)
+    assert (report.notes, report.repaired, report.refused) == ([], [], [])
     assert told == [(1, 3), (2, 3), (3, 3)]
-    # The codebook, and of each unit its files and its record.
+    # The codebook, the metadata of a Zarr group, and of each unit its files and its record.
     with TokenCache.open(cache) as opened:
-        assert report.num_files == 1 + sum(len(s.files) + 1 for s in opened.manifest.shards)
+        manifest = opened.manifest
+    num_files = sum(len(shard.files) + 1 for shard in manifest.shards)
+    assert report.num_files == 1 + len(manifest.store_files) + num_files
 
 
 def test_a_sample_of_the_images_is_the_same_on_every_run(make):
     cache = make()
     reports = [verify(cache, retokenize=2, device="cpu") for _ in range(2)]
     assert reports[0] == reports[1]
-    assert reports[0].retokenized.num_images == 2
-    assert verify(cache, device="cpu").retokenized is None
+    (again,) = reports[0].retokenized.values()
+    assert again.num_images == 2
+    assert verify(cache, device="cpu").retokenized == {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,7 +103,7 @@ def test_every_flipped_byte_of_a_shard_is_found(make, layout):
         ("units/000002.json", r"unit 2: .*units/000002.json is missing"),
         ("plan/000000.json", r"plan/000000.json is missing"),
         ("codebook.safetensors", r"codebook.safetensors is missing"),
-        ("skipped.jsonl", r"skipped.jsonl does not list the skipped images"),
+        ("skipped.jsonl", r"skipped.jsonl is missing"),
         ("plan.json", r"plan.json is missing"),
     ],
 )
@@ -114,7 +119,7 @@ def test_a_missing_file_is_named(make, name, expected):
     ("name", "expected"),
     [
         ("units/000001.json", "unit 1: .*units/000001.json has SHA-256"),
-        ("plan/000001.json", "is not the list of images of"),
+        ("plan/000001.json", "plan/000001.json is not the plan of its samples: keys do not match"),
         ("skipped.jsonl", "does not list the skipped images of the commit records"),
     ],
 )
@@ -140,7 +145,7 @@ def test_a_flipped_byte_of_the_codebook_is_found_and_nothing_is_tokenised_with_i
     factories.flip_byte(cache / "codebook.safetensors")
     report = verify(cache, retokenize=5, device="cpu")
     assert "codebook.safetensors has SHA-256" in report.problems[0]
-    assert report.retokenized is None
+    assert report.retokenized == {}
 
 
 def test_the_codebook_of_another_tokenizer_is_refused_by_both_fingerprints(make):
@@ -158,9 +163,8 @@ def test_a_swapped_manifest_is_found(make, tmp_path):
     shutil.rmtree(tmp_path / "images")
     other = make(seed=1)
     shutil.copy(tmp_path / "first/manifest.json", other)
-    found = problems(other)
-    assert any("plan.json and the manifest are of two builds" in problem for problem in found)
-    assert any("has SHA-256" in problem for problem in found)
+    (problem,) = problems(other)
+    assert re.search(r"manifest.json is not that of its files: .*sha256 is", problem)
 
 
 def test_a_swapped_shard_is_found(make):
@@ -182,8 +186,8 @@ def test_an_id_that_is_not_below_k_is_found_although_every_digest_is_right(make)
 
     rewrite_unit(cache, 0, too_large)
     assert problems(cache) == [
-        "unit 0, a/000: token id 6 is not below K=6",
-        "unit 0, a/002: token id 6 is not below K=6",
+        "unit 0: a/000: token id 6 is not below K=6",
+        "unit 0: a/002: token id 6 is not below K=6",
     ]
 
 
@@ -198,9 +202,11 @@ def test_a_wrong_id_is_found_by_tokenising_again(make):
     rewrite_unit(cache, 0, other)
     assert problems(cache) == []
     report = verify(cache, retokenize=100, device="cpu")
-    assert report.retokenized == Retokenized(5, 160, 0, 2)
+    ((fingerprint, again),) = report.retokenized.items()
+    assert again == Retokenized(5, 160, 0, 2)
     assert report.problems == [
-        "2 of 160 token ids differ from those of the same views tokenised again"
+        f"tokenizer {fingerprint[:12]}: 2 of 160 token ids differ from those of the same views "
+        "tokenised again"
     ]
 
 
@@ -211,9 +217,12 @@ def test_a_wrong_id_is_found_by_tokenising_again(make):
         ([[0, 0, 0, 16, 0]] * 2, "are not boxes"),
         ([[0, -1, 16, 16, 0]] * 2, "are not boxes"),
         ([[0, 0, 16, 16, 2]] * 2, "are not boxes"),
+        ([[0, 0, 48, 65, 0]] * 2, "leave the picture of 48 x 64 pixels"),
+        ([[1, 0, 48, 64, 0]] * 2, "leave the picture of 48 x 64 pixels"),
+        ([[0, 0, 48, 48, 0]] * 2, r"are not those of its key, \[\[0, 8, 48, 48, 0\], "),
     ],
 )
-def test_views_that_are_no_boxes_are_found(make, views, expected):
+def test_views_that_are_not_those_of_the_image_are_found(make, views, expected):
     cache = make()
     views = np.array(views, np.int32)
     rewrite_unit(cache, 1, lambda sample: sample._replace(views=views))
@@ -222,10 +231,10 @@ def test_views_that_are_no_boxes_are_found(make, views, expected):
     assert all(re.search(expected, problem) for problem in found)
 
 
-def test_a_view_that_leaves_its_picture_cannot_be_tokenised_again(make):
+def test_a_picture_of_another_size_than_it_says_cannot_be_tokenised_again(make):
     cache = make()
-    views = np.array([[0, 0, 48, 65, 0]] * 2, np.int32)
-    rewrite_unit(cache, 0, lambda sample: sample._replace(views=views))
+    small = factories.encode(factories.draw_photo(0, 24, 32), "JPEG")
+    rewrite_unit(cache, 0, lambda sample: sample._replace(image=small))
     with pytest.raises(ArtifactError, match=r"a/00. cannot be tokenised again: view"):
         verify(cache, retokenize=100, device="cpu")
 
@@ -244,21 +253,21 @@ def test_a_sample_without_its_image_is_found(make):
     cache = make()
     rewrite_unit(cache, 0, lambda sample: sample._replace(image=None))
     assert problems(cache) == [
-        "unit 0, a/000: the image is missing",
-        "unit 0, a/002: the image is missing",
+        "unit 0: a/000: the image is missing",
+        "unit 0: a/002: the image is missing",
     ]
 
 
 def test_a_zarr_store_whose_description_is_gone_is_found(make):
     cache = make("zarr")
     (cache / "tokens.zarr/tokens/zarr.json").unlink()
-    assert all("cannot be read" in problem for problem in problems(cache))
-    assert len(problems(cache)) == 3
+    assert problems(cache) == [f"{cache}/tokens.zarr/tokens/zarr.json is missing"]
 
 
 def test_an_unfinished_cache_is_refused(make):
     cache = make()
     (cache / "manifest.json").unlink()
+    (cache / "units/000001.json").unlink()
     with pytest.raises(ArtifactError, match="build has not finished"):
         verify(cache)
 
@@ -271,7 +280,8 @@ def test_images_that_lie_elsewhere_now_are_named_by_the_user(make, tmp_path):
         verify(cache, retokenize=3, device="cpu")
     report = verify(cache, retokenize=3, device="cpu", images=str(tmp_path / "moved"))
     assert report.problems == []
-    assert report.retokenized.num_images == 3
+    (again,) = report.retokenized.values()
+    assert again.num_images == 3
 
 
 def test_images_that_are_not_those_of_the_tokens_are_found(make, tmp_path):
@@ -281,5 +291,6 @@ def test_images_that_are_not_those_of_the_tokens_are_found(make, tmp_path):
     for path in (tmp_path / "images").rglob("00*.jpg"):
         path.write_bytes(other)
     report = verify(cache, retokenize=100, device="cpu")
-    assert report.retokenized.num_different > 50
+    (again,) = report.retokenized.values()
+    assert again.num_different > 50
     assert "token ids differ" in report.problems[0]

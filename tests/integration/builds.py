@@ -109,7 +109,6 @@ def start(words: Iterable[object], log: Path, ray_address: str = "", workers: in
             [sys.executable, "-c", COMMAND, *map(str, (*words, *place))],
             stdout=file,
             stderr=file,
-            start_new_session=True,
         )
 
 

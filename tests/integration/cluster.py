@@ -69,7 +69,7 @@ def draw_moments(rng: random.Random, kinds: Iterable[str]) -> list[Moment]:
     """Draw when each of these happens, and their order."""
     kinds = list(kinds)
     rng.shuffle(kinds)
-    progress = sorted(rng.randint(0, builds.NUM_UNITS + 2) for _ in kinds)
+    progress = sorted(rng.randint(1, builds.NUM_UNITS + 2) for _ in kinds)
     return [
         Moment(when, rng.uniform(0, 0.4), kind) for when, kind in zip(progress, kinds, strict=True)
     ]

@@ -151,6 +151,12 @@ def test_a_header_that_claims_more_memory_than_a_name_needs_ends_the_tar(tmp_pat
         listed(path)
 
 
+def test_a_device_in_a_folder_is_refused(tmp_path):
+    factories.write_folder(tmp_path, {"b.jpg": GOOD})
+    (tmp_path / "a.jpg").symlink_to("/dev/zero")
+    assert read_all(tmp_path) == {"a": "it is a device, not a file", "b": GOOD}
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.cls", b"9" * 12), ("a.json", b'{"label": 1e6}')])
 def test_a_label_that_is_no_class_does_not_make_a_billion_names(tmp_path, name, content):
     path = write_members(tmp_path / "t.tar", ("a.jpg", GOOD, {}), (name, content, {}))

@@ -58,6 +58,7 @@ def test_a_zip_written_to_a_stream_or_behind_a_program_is_read(tmp_path):
     assert read_all(path) == {"a": b"a" * 999, "b": b"b" * 999}
 
 
+@pytest.mark.slow
 def test_a_zip_of_more_members_than_16_bits_count_is_read(tmp_path):
     path = write_zip(tmp_path / "t.zip", {f"{i:05d}.jpg": b"" for i in range(65_600)})
     assert listed(path).info.num_samples == 65_600

@@ -1,0 +1,63 @@
+"""A job whose units only wait, as a driver of its own: a process is in one cluster at a time.
+
+Called with the address of the cluster and settings as JSON; prints one JSON line per unit. The
+worker is pickled by value, as `__main__` is not on the nodes: what they know of `cache_builder`
+came with the job.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from cache_builder import ray_cluster
+from cache_builder.cli_errors import one_line_errors
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_jobs import map_units
+
+SETTINGS = {"num_units": 10, "seconds": 0.2, "workers": None, "poison": [], "patience": 20}
+
+
+class Waits:
+    def __init__(self, seconds, poison):
+        self.seconds, self.poison = seconds, poison
+
+    def run(self, unit):
+        import cache_builder
+        from cache_builder.tokenizers.kernels.library import kernels
+
+        if unit in self.poison:
+            os.kill(os.getpid(), 11)
+        logging.getLogger("cache_builder.waits").warning("skipped image of unit %d", unit)
+        time.sleep(self.seconds)
+        return {
+            "unit": unit,
+            "pid": os.getpid(),
+            "package": str(Path(cache_builder.__file__).parent),
+            "has_kernels": kernels() is not None,
+        }
+
+
+def main(address, settings):
+    logging.basicConfig(format="%(message)s")
+    # Ray looks for modules where the driver does, which on other machines finds nothing.
+    sys.path.remove(os.environ["PYTHONPATH"])
+    ray_cluster._HEAD_PATIENCE_S = settings["patience"]
+    finished = map_units(
+        lambda: Waits(settings["seconds"], settings["poison"]),
+        range(settings["num_units"]),
+        ClusterOptions(address, settings["workers"]),
+        job="waiting",
+        count=lambda result: {"images": 3},
+    )
+    for result, node, seconds in finished:
+        line = json.dumps({**result, "node": node, "seconds": seconds})
+        sys.__stdout__.write(line + "\n")
+        sys.__stdout__.flush()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1], SETTINGS | json.loads(sys.argv[2]))

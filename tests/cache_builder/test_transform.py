@@ -72,11 +72,12 @@ def samples_of(cache_dir):
         return {sample.key: sample for sample in map(cache.__getitem__, range(len(cache)))}
 
 
-def assert_whole(cache_dir, num_samples, **options):
-    report = verify(cache_dir, retokenize=100, device="cpu", **options)
+def assert_whole(cache_dir, num_samples):
+    report = verify(cache_dir, retokenize=100, device="cpu")
     assert report.problems == []
-    assert report.num_samples == report.retokenized.num_images == num_samples
-    assert report.retokenized.num_different == 0
+    assert report.num_samples == num_samples
+    (again,) = report.retokenized.values()
+    assert (again.num_images, again.num_different) == (num_samples, 0)
 
 
 def extend(cache_dir, num_views):
@@ -505,6 +506,29 @@ def test_what_was_measured_is_weighted_by_the_patches_that_are_taken(make, tmp_p
         if name.startswith("soft")
     )
     assert_whole(tmp_path / "out", 3)
+
+
+def test_a_damaged_unit_of_a_subset_is_repaired_from_the_source(make, tmp_path):
+    out = tmp_path / "out"
+    subset(SubsetOptions(str(make()), str(out), sample=5))
+    before = factories.contents(out)
+    factories.flip_byte(out / "shards/000001.tar")
+    report = verify(out, repair=True, device="cpu", cluster=ClusterOptions(num_workers=0))
+    assert report.repaired == ["shards/000001.tar"]
+    assert report.problems == []
+    assert factories.contents(out) == before
+
+
+def test_a_damaged_unit_of_a_cache_of_several_sources_is_refused_by_their_place(
+    two_caches, tmp_path
+):
+    out = tmp_path / "out"
+    merge(MergeOptions(two_caches(), str(out)))
+    factories.flip_byte(out / "shards/000001.tar")
+    report = verify(out, repair=True, device="cpu", cluster=ClusterOptions(num_workers=0))
+    assert report.repaired == []
+    (refusal,) = report.refused
+    assert refusal.startswith(f"the cache was merged from {tmp_path}/{{first,second}}, which")
 
 
 # --- whole or not at all

@@ -251,6 +251,13 @@ class _Repair:
             return
         check = self._check
         jobs = list(self._jobs(wanted))
+        source = check.base.spec.source
+        if source.kind == "cache" and any(job.reads_source for job in jobs):
+            self._refuse(
+                f"the cache was merged from {source.location}, whose images come from several "
+                "sources. `patchcache merge` makes it again"
+            )
+            jobs = [job for job in jobs if not job.reads_source]
         plans = {name: self._plan(part) for name, part in check.parts.items()}
         task = RebuildTask(
             check.location, plans, self._images, self._options.device, self._options.weights

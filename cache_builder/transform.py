@@ -145,6 +145,7 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> TransformS
         "layout": options.layout or inputs[0].spec.layout,
         "unit_size": options.unit_size or max(cache.spec.unit_size for cache in inputs),
         "class_names": classes.names,
+        "has_extra": any(cache.spec.has_extra for cache in inputs),
         "source": source
         or SourceInfo(
             kind="cache",

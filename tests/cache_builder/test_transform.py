@@ -1,6 +1,7 @@
 """Caches that are made of caches hold what a build would have written, and nothing is lost on the
 way."""
 
+import json
 import re
 import shlex
 from functools import partial
@@ -71,11 +72,12 @@ def samples_of(cache_dir):
         return {sample.key: sample for sample in map(cache.__getitem__, range(len(cache)))}
 
 
-def assert_whole(cache_dir, num_samples, **options):
-    report = verify(cache_dir, retokenize=100, device="cpu", **options)
+def assert_whole(cache_dir, num_samples):
+    report = verify(cache_dir, retokenize=100, device="cpu")
     assert report.problems == []
-    assert report.num_samples == report.retokenized.num_images == num_samples
-    assert report.retokenized.num_different == 0
+    assert report.num_samples == num_samples
+    (again,) = report.retokenized.values()
+    assert (again.num_images, again.num_different) == (num_samples, 0)
 
 
 def extend(cache_dir, num_views):
@@ -138,6 +140,33 @@ def test_without_its_images_a_cache_is_the_one_that_is_built_without_them(make, 
     convert(ConvertOptions(str(cache), str(tmp_path / "out"), drop_images=True))
     assert factories.contents(tmp_path / "out") == factories.contents(built)
     assert_whole(tmp_path / "out", 7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_further_columns_and_places_in_tars_travel_along(tmp_path, codebook_path, layout):
+    caches = []
+    for name, captions in (("one", ["first", "\u00e4"]), ("two", [])):
+        members = []
+        for number, photo in enumerate(factories.photo_images(4).values()):
+            members.append((f"{name}{number}.jpg", photo))
+            if number < len(captions):
+                info = {"caption": captions[number], "label": number}
+                members.append((f"{name}{number}.json", json.dumps(info).encode()))
+        tar = factories.write_tar(tmp_path / f"{name}.tar", members)
+        for kind in LAYOUTS:
+            out = tmp_path / f"{name} {kind}"
+            factories.build_cache(images=str(tar), codebook=codebook_path, out=out, layout=kind)
+        caches.append(str(tmp_path / f"{name} {layout}"))
+    convert(ConvertOptions(caches[0], str(tmp_path / "out"), OTHER[layout]))
+    built = factories.contents(tmp_path / f"one {OTHER[layout]}")
+    assert factories.contents(tmp_path / "out") == built
+    merge(MergeOptions(tuple(reversed(caches)), str(tmp_path / "both")))
+    extras = {key: sample.extra for key, sample in samples_of(tmp_path / "both").items()}
+    assert extras.pop("one1") == {"caption": "\u00e4"}
+    assert extras.pop("one0") == {"caption": "first"}
+    assert len(extras) == 6
+    assert not any(extras.values())
+    assert_whole(tmp_path / "both", 8)
 
 
 def test_images_that_the_tokens_belong_to_are_not_left_out(make, tmp_path):
@@ -477,6 +506,29 @@ def test_what_was_measured_is_weighted_by_the_patches_that_are_taken(make, tmp_p
         if name.startswith("soft")
     )
     assert_whole(tmp_path / "out", 3)
+
+
+def test_a_damaged_unit_of_a_subset_is_repaired_from_the_source(make, tmp_path):
+    out = tmp_path / "out"
+    subset(SubsetOptions(str(make()), str(out), sample=5))
+    before = factories.contents(out)
+    factories.flip_byte(out / "shards/000001.tar")
+    report = verify(out, repair=True, device="cpu", cluster=ClusterOptions(num_workers=0))
+    assert report.repaired == ["shards/000001.tar"]
+    assert report.problems == []
+    assert factories.contents(out) == before
+
+
+def test_a_damaged_unit_of_a_cache_of_several_sources_is_refused_by_their_place(
+    two_caches, tmp_path
+):
+    out = tmp_path / "out"
+    merge(MergeOptions(two_caches(), str(out)))
+    factories.flip_byte(out / "shards/000001.tar")
+    report = verify(out, repair=True, device="cpu", cluster=ClusterOptions(num_workers=0))
+    assert report.repaired == []
+    (refusal,) = report.refused
+    assert refusal.startswith(f"the cache was merged from {tmp_path}/{{first,second}}, which")
 
 
 # --- whole or not at all

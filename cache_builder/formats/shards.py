@@ -68,9 +68,7 @@ class ShardWriter:
         self._publishing = contextlib.ExitStack()
         file = self._publishing.enter_context(store.publishing(self._name))
         self._file = _Hashed(file)
-        self._tar = webdataset.TarWriter(
-            self._file, user="", group="", mtime=0, encoder=False, format="GNU_FORMAT"
-        )
+        self._tar = webdataset.TarWriter(self._file, user="", group="", mtime=0, encoder=False)
 
     def add(self, new: NewSample) -> None:
         """Append one sample."""

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import multiprocessing
 
-from cache_builder import build, files, imaging
+from cache_builder import files, image_types, imaging
 from cache_builder.formats import manifest, shards, views, zarr_store
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
@@ -363,6 +363,8 @@ def _limit_process(rank: int, images: Path, settings: Settings, barrier: Any, an
 
 
 PUBLISHING = ("publish_new", "_flush", "flush_directory", "flush_file")
+WRITERS = (shards.ShardWriter, zarr_store.RowWriter)
+WRITING = ("add", "finish")
 PARTS = ("read", "decode", "crop", "tokenise")
 
 
@@ -374,13 +376,13 @@ def stages_of_build(source: Any) -> list[Stage]:
         Stage("crop", ((imaging, "apply_view"),)),
         Stage("tokenise", ((PatchTokenizer, "features"), (ResidualQuantizer, "encode"))),
         Stage("draw views", ((views, "draw_views"),)),
-        Stage("image extension", ((imaging, "image_extension"),)),
+        Stage("image extension", ((image_types, "image_extension"),)),
         Stage("join views", ((torch, "stack"), (torch, "cat"))),
         Stage("other targets", ((TargetMaker, "make"), (Targets, "split"))),
         Stage("tar members", ((webdataset.TarWriter, "write"),)),
-        Stage("write shard", ((shards, "write_shard"), (zarr_store, "write_unit"))),
+        Stage("write shard", tuple((writer, name) for writer in WRITERS for name in WRITING)),
         Stage("publish", tuple((files, name) for name in PUBLISHING)),
-        Stage("digest", ((files, "sha256_file"),)),
+        Stage("digest", ((shards._Hashed, "write"), (manifest.FileDigest, "of_content"))),
         Stage("plan and record as JSON", ((manifest, "read_model"), (manifest, "to_json"))),
     ]
 
@@ -415,7 +417,7 @@ def profile(images: Path, settings: Settings, out: Path, layout: str, kept: str)
         "num_views": NUM_VIEWS, "layout": layout, "images_in_cache": kept,
     }  # fmt: skip
     plan = factories.plan_cache(**options)
-    worker = build.BuildWorker(str(out), str(folder), settings.device)
+    worker = factories.make_worker(out, plan, images=str(folder), device=settings.device)
     worker.run(0)  # what is done once: imports, the quantiser's preparation
     clock = StageClock()
     stages = stages_of_build(open_source(str(folder)))

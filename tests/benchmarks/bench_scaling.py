@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cache_builder import build, files, ray_jobs
+from cache_builder.commit import summarise, write_manifest
 from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -37,10 +38,10 @@ from cache_builder.formats.manifest import (
     UnitRecord,
     read_model,
     to_json,
-    unit_record_path,
 )
 from cache_builder.planning import settle_plan
 from cache_builder.sources import Listing, open_source
+from cache_builder.stores import open_store
 from tests import factories
 
 UNIT_SIZE = 1024
@@ -193,22 +194,23 @@ def driver_table(driver_s: float, quick: bool) -> tuple[Table, Costs]:
         made_up = synthetic_listing(num_units)
         options = build.BuildOptions(images="made up", codebook=codebook_path, out=out, num_views=4)
         spec = build._cache_spec(options, codebook, made_up)
-        plan = timed(lambda: settle_plan(out, spec, made_up, codebook))
+        store = open_store(out)
+        plan = timed(lambda: settle_plan(store, spec, made_up.units, codebook))
         num_images = num_units * UNIT_SIZE
         on = f"{num_units:,} units of {UNIT_SIZE:,}"
         plan_bytes = sum(path.stat().st_size for path in (out / "plan").iterdir())
         add("write the plan", on, plan, num_images, plan_bytes)
-        again = timed(lambda: settle_plan(out, spec, made_up, codebook))
+        again = timed(lambda: settle_plan(store, spec, made_up.units, codebook))
         add("check the plan", on, again, num_images)
 
+        summaries, record_bytes = [], 0
         for unit in range(num_units):
-            path = unit_record_path(out, unit)
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(to_json(synthetic_record(unit)))
-        record_bytes = sum(path.stat().st_size for path in (out / "units").iterdir())
-        build_plan = read_model(BuildPlan, out / PLAN_NAME)
-        finish = timed(lambda: build._finish(out, build_plan))
-        add("read the records, write the manifest", on, finish, num_images, record_bytes)
+            record = synthetic_record(unit)
+            record_bytes += len(to_json(record))
+            summaries.append(summarise(unit, record))
+        build_plan = read_model(BuildPlan, store, PLAN_NAME)
+        finish = timed(lambda: write_manifest(store, build_plan, summaries))
+        add("write the manifest", on, finish, num_images, record_bytes)
         manifest_bytes = (out / MANIFEST_NAME).stat().st_size
         opened = timed(lambda: build.CacheManifest.load(out))
         add("a reader loads the manifest", on, opened, num_images, manifest_bytes)

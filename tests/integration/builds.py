@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from cache_builder import build
@@ -25,6 +26,9 @@ TIMEOUT_S = 300
 NUM_IMAGES = 60
 UNIT_SIZE = 5
 NUM_UNITS = NUM_IMAGES // UNIT_SIZE
+
+KILLS_CLIENTS = pytest.mark.filterwarnings("ignore:Exception ignored in.*socket")
+"""The local S3 server leaves connections of killed clients to the garbage collector."""
 
 COMMAND = """
 import sys

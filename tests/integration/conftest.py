@@ -1,8 +1,17 @@
 """Fixtures of tests that cross packages: small builds that are written once."""
 
+import gc
+
 import pytest
 
 from tests.integration import builds
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_for_other_tests():
+    """What killed clients leave in this process warns in the test that caused it."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.integration import builds, cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, builds.KILLS_CLIENTS]
 
 
 @pytest.fixture(scope="module")

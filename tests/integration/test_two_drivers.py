@@ -10,7 +10,7 @@ from cache_builder import object_store
 from cache_builder.stores import open_store
 from tests.integration import builds
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, builds.KILLS_CLIENTS]
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])

@@ -371,7 +371,7 @@ PARTS = ("read", "decode", "crop", "tokenise")
 def stages_of_build(source: Any) -> list[Stage]:
     """Return the functions in which a build spends its time, by what they are for."""
     return [
-        Stage("read", ((type(source), "read"),)),
+        Stage("read", ((sources, "read_unit"),)),
         Stage("decode", ((imaging, "decode"),)),
         Stage("crop", ((imaging, "apply_view"),)),
         Stage("tokenise", ((PatchTokenizer, "features"), (ResidualQuantizer, "encode"))),

@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache_builder import build as build_job
 from cache_builder import cache_survey
-from cache_builder.build_worker import BuildTask, BuildWorker
 from cache_builder.cache_survey import spread
 from cache_builder.cache_table import class_lines, histogram, survey_result
 from cache_builder.errors import ArtifactError
 from cache_builder.formats import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
-from cache_builder.planning import settle_plan
 from cache_builder.quality import Agreement, mean_agreement
-from cache_builder.sources import open_source
-from cache_builder.stores import open_store
 from tests import factories
 
 BAD = {"a/bad.png": b"", "b/worse.png": b"", "b/zz.jpg": b"no image"}
@@ -69,21 +64,11 @@ def test_columns_hold_what_the_samples_hold(tmp_path, codebook_path, layout):
 def build_two(tmp_path, base, further, **settings):
     """Build a cache with a layer of another tokenizer, in this process."""
     images = factories.write_folder(tmp_path / "images", factories.photo_images(5))
-    options = build_job.BuildOptions(
-        images=str(images), codebook=base, out=tmp_path / "cache", num_views=2, unit_size=3,
-        **settings,
+    factories.build_cache(
+        images=str(images), codebook=base, further_codebooks=(further,), num_views=2,
+        out=tmp_path / "cache", unit_size=3, **settings,
     )  # fmt: skip
-    listing = open_source(options.images).scan(options.unit_size)
-    codebook, other = Codebook.load(base), Codebook.load(further)
-    spec = build_job._cache_spec(options, codebook, listing)
-    layer = build_job._layer_spec(options, spec, other)
-    store = open_store(options.out)
-    plan = settle_plan(store, spec, listing.units, codebook, [layer])
-    task = BuildTask(str(options.out), ("", layer.name), options.images, "cpu")
-    worker = BuildWorker(task)
-    reports = [worker.run(unit) for unit in range(plan.num_units)]
-    build_job.write_manifests(store, plan, task, reports)
-    return options.out, other.fingerprint
+    return tmp_path / "cache", Codebook.load(further).fingerprint
 
 
 def test_a_further_tokenizer_of_a_cache_is_counted_by_itself(tmp_path, codebook_path, layout):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from cache_builder import console
-from cache_builder.build import UnitReport
+from cache_builder import progress
+from cache_builder.build_log import UnitWork
+from cache_builder.build_worker import UnitReport
 from cache_builder.measures import duration_text
 from cache_builder.progress import BuildProgress
 
@@ -21,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(console, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
@@ -32,8 +33,9 @@ def report(unit, node="a/1", seconds=10.0, *, was_there=False, num_samples=100, 
         num_skipped=num_skipped,
         num_views=4 * num_samples,
         bytes=5_000_000,
-        bytes_read=0 if was_there else 10_000_000,
         was_there=was_there,
+        summaries=(),
+        work=None if was_there else UnitWork("host", 1, "cpu", seconds, bytes_read=10_000_000),
         node=node,
         seconds=seconds,
     )

@@ -180,7 +180,16 @@ def plan_cache(listing: Listing | None = None, **settings: Any) -> BuildPlan:
     listing = listing or open_source(options.images).scan(options.unit_size)
     spec = build._cache_spec(options, codebook, listing)
     further = [Codebook.load(path) for path in options.further_codebooks]
-    layers = [build._layer_spec(options, spec, each) for each in further]
+    layers = [
+        build.layer_spec(
+            spec,
+            each,
+            soft_top_k=options.soft_top_k,
+            soft_temperature=options.soft_temperature,
+            store_features=options.store_features,
+        )
+        for each in further
+    ]
     return settle_plan(open_store(options.out), spec, listing.units, codebook, layers)
 
 

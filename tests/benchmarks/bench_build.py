@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import multiprocessing
 
-from cache_builder import files, image_types, imaging
+from cache_builder import files, image_types, imaging, sources
 from cache_builder.formats import manifest, shards, views, zarr_store
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule

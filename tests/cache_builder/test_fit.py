@@ -13,6 +13,7 @@ from cache_builder.tokenizers.features import FeatureOptions
 from tests import factories
 
 PIXEL = FeatureOptions("pixel", image_size=16, patch_size=4)
+HERE = ClusterOptions(num_workers=0)
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def images(tmp_path):
 
 
 def options(images, out, **changes):
-    fields = {"images": str(images), "out": out, "k": 6, "features": PIXEL}
+    fields = {"images": str(images), "out": out, "k": 6, "features": PIXEL, "cluster": HERE}
     return fit.FitOptions(**(fields | changes))
 
 
@@ -61,13 +62,10 @@ def test_k_colours_are_found_and_the_file_does_not_depend_on_the_workers(tmp_pat
     assert len(iterations) == len(header.objective) - 1
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_source_of_bad_images_alone_is_refused(tmp_path):
     bad = factories.write_folder(tmp_path / "bad", {"a.jpg": b"", "b.jpg": b"text"})
     with pytest.raises(SourceError, match=r"Not one image of .* could be decoded"):
-        fit.run(options(bad, tmp_path / "c.safetensors", cluster=ClusterOptions(num_workers=1)))
+        fit.run(options(bad, tmp_path / "c.safetensors", cluster=HERE))
     assert not (tmp_path / "c.safetensors").exists()
 
 
@@ -113,9 +111,6 @@ def test_the_codebook_does_not_depend_on_the_fit_workers(tmp_path):
     assert len(contents) == 1
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_stages_quantise_what_is_left_over_and_say_how_well(tmp_path):
     path = tmp_path / "c.safetensors"
     summary = fit.run(options(photos(tmp_path), path, k=20, stages=3))
@@ -141,9 +136,6 @@ def test_stages_quantise_what_is_left_over_and_say_how_well(tmp_path):
     assert np.square(again - patch).sum() <= np.square(one_stage - patch).sum()
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_fit_starts_from_a_codebook(tmp_path):
     source = photos(tmp_path)
     first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
@@ -154,9 +146,6 @@ def test_a_fit_starts_from_a_codebook(tmp_path):
     assert after[-1] <= before[-1]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_kept_sample_serves_fits_with_another_k_without_an_image(tmp_path):
     source = photos(tmp_path)
     store = tmp_path / "sample"

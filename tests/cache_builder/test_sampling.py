@@ -248,12 +248,9 @@ def test_features_beyond_float16_are_refused_and_the_way_out_is_named(images):
         sampler.run(draw)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_what_is_whole_in_a_store_is_kept_and_what_is_damaged_is_done_again(images, tmp_path):
     extractor = make_extractor(PIXEL, CPU)
-    options = SampleOptions(budget=500, cluster=ClusterOptions(num_workers=1))
+    options = SampleOptions(budget=500, cluster=ClusterOptions(num_workers=0))
     store = tmp_path / "sample"
     first = draw_sample(scan(images), extractor, options, store)
     content = factories.contents(store)
@@ -281,14 +278,11 @@ def test_no_task_holds_more_than_fits_a_message(images, monkeypatch):
     assert drawn(images) == whole
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_unit_of_bad_images_alone_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr("cache_builder.sampling._MAX_PATCHES_PER_TASK", 16)
     content = factories.patch_images(3) | {"a/bad.png": b"text"}
     images = factories.write_folder(tmp_path / "images", content)
-    options = SampleOptions(None, cluster=ClusterOptions(num_workers=1))
+    options = SampleOptions(None, cluster=ClusterOptions(num_workers=0))
     store = tmp_path / "sample"
     (store / ".sample.json.0.tmp").parent.mkdir()
     (store / ".sample.json.0.tmp").write_text("{")  # of a fit that was killed
@@ -297,12 +291,9 @@ def test_a_unit_of_bad_images_alone_is_no_obstacle(tmp_path, monkeypatch):
     assert len(sample.held_out) == 0
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_another_sample_is_not_mixed_with_the_one_that_is_there(images, tmp_path):
     extractor = make_extractor(PIXEL, CPU)
-    options = SampleOptions(budget=500, cluster=ClusterOptions(num_workers=1))
+    options = SampleOptions(budget=500, cluster=ClusterOptions(num_workers=0))
     store = tmp_path / "sample"
     draw_sample(scan(images), extractor, options, store)
     other = options._replace(budget=320)

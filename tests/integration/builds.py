@@ -15,11 +15,8 @@ import pytest
 from PIL import Image
 
 from cache_builder import build
-from cache_builder.build_worker import BuildTask, BuildWorker
-from cache_builder.formats.codebook import Codebook
-from cache_builder.planning import settle_plan
-from cache_builder.sources import open_source
-from cache_builder.stores import absolute_location, open_store
+from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.stores import open_store
 from tests import factories
 
 TIMEOUT_S = 300
@@ -91,18 +88,7 @@ def words_of(options: build.BuildOptions) -> list[str]:
 
 def build_here(options: build.BuildOptions) -> None:
     """Build in this process all that the command builds, one unit after another, without Ray."""
-    codebook, *further = map(Codebook.load, (options.codebook, *options.further_codebooks))
-    store = open_store(options.out)
-    with store.lock(build.holder()):
-        listing = open_source(options.images).scan(options.unit_size)
-        spec = build._cache_spec(options, codebook, listing)
-        layers = [build._layer_spec(options, spec, each) for each in further]
-        plan = settle_plan(store, spec, listing.units, codebook, layers)
-        names = ("", *(layer.name for layer in layers))
-        task = BuildTask(absolute_location(options.out), names, listing.info.location, "cpu")
-        worker = BuildWorker(task)
-        reports = [worker.run(unit) for unit in range(plan.num_units)]
-        build.write_manifests(store, plan, task, reports)
+    build.run(options._replace(cluster=ClusterOptions(num_workers=0)))
 
 
 def start(words: Iterable[object], log: Path, ray_address: str = "", workers: int = 2):

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from cache_builder import build, fit, verify
 from cache_builder.formats import Codebook, TokenCache, View
 from cache_builder.imaging import apply_view, decode
+from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions
 from tests import factories
@@ -19,24 +20,22 @@ from trainer import evaluate, train
 from trainer.config import load_config
 
 LAYOUTS = ["webdataset", "zarr"]
+HERE = ClusterOptions(num_workers=0)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fitted_to_k_colours_the_route_gives_exactly_the_colours_back(tmp_path, layout):
     # Views of whole pictures, some mirrored: each patch is one plain colour.
     drawn = factories.write_folder(tmp_path / "images", factories.patch_images(30))
     codebook_path = tmp_path / "codebook.safetensors"
     features = FeatureOptions("pixel", factories.SIZE, factories.PATCH)
-    fit.run(fit.FitOptions(str(drawn), codebook_path, 6, features, device="cpu"))
+    fit.run(fit.FitOptions(str(drawn), codebook_path, 6, features, device="cpu", cluster=HERE))
     colours = Codebook.load(codebook_path).centroids[0].reshape(6, 3, -1)
     assert (colours == colours[:, :, :1]).all()
     build.run(
         build.BuildOptions(
             str(drawn), codebook_path, tmp_path / "cache", num_views=5, scale=(1.0, 1.0),
-            ratio=(1.0, 1.0), layout=layout, device="cpu", unit_size=10,
+            ratio=(1.0, 1.0), layout=layout, device="cpu", unit_size=10, cluster=HERE,
         )
     )  # fmt: skip
     num_mirrored = 0
@@ -88,9 +87,7 @@ def test_the_route_runs_on_real_photographs(tmp_path, photos):
     assert again.num_tokens == 20 * 4 * 196
 
 
-@pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_the_route_runs_on_cifar_with_patches_of_four_pixels(tmp_path, cifar_tar):
     folder = tmp_path / "cifar"
     with tarfile.open(cifar_tar) as tar:
@@ -101,10 +98,11 @@ def test_the_route_runs_on_cifar_with_patches_of_four_pixels(tmp_path, cifar_tar
                 path.write_bytes(tar.extractfile(member).read())
     codebook = tmp_path / "codebook.safetensors"
     features = FeatureOptions("pixel", image_size=32, patch_size=4)
-    fit.run(fit.FitOptions(str(folder), codebook, 64, features, iterations=4))
-    summary = build.run(
-        build.BuildOptions(str(folder), codebook, tmp_path / "cache", num_views=2, layout="zarr")
+    fit.run(fit.FitOptions(str(folder), codebook, 64, features, iterations=4, cluster=HERE))
+    options = build.BuildOptions(
+        str(folder), codebook, tmp_path / "cache", num_views=2, layout="zarr", cluster=HERE
     )
+    summary = build.run(options)
     assert summary.manifest.grid == (8, 8)
     assert len(summary.manifest.spec.class_names) == 10
     assert verify.run(tmp_path / "cache", retokenize=50).problems == []

@@ -3,11 +3,8 @@
 import io
 import json
 import os
-import signal
 import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -420,63 +417,6 @@ def test_workers_on_ray_give_the_same_bytes_as_one_process(tmp_path, codebook_pa
     assert factories.contents(tmp_path / "cache") == factories.contents(tmp_path / "alone")
     assert (summary.num_samples_built, summary.num_units_kept) == (5, 0)
     assert sorted(told) == [(0, 5), (1, 5), (2, 5)]
-
-
-def start_build(tmp_path, layout, ray_address=None):
-    """Start the command as a process, with a Ray of its own or on a running cluster."""
-    words = [
-        "build", "--images", tmp_path / "images", "--codebook", tmp_path / "codebook.safetensors",
-        "--out", tmp_path / "cache", "--views", "3", "--unit-size", "2", "--layout", layout,
-        "--workers", "1", "--device", "cpu",
-    ]  # fmt: skip
-    if ray_address:
-        words += ["--ray-address", ray_address]
-    return subprocess.Popen(
-        [sys.executable, "-m", "cache_builder.cli", *map(str, words)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path, process, timeout_s=60):
-    started_s = time.monotonic()
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() - started_s < timeout_s
-        time.sleep(0.02)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "cluster"), [("webdataset", "its own"), ("zarr", "a running one")]
-)
-def test_a_build_whose_driver_is_killed_is_continued_by_the_same_command(
-    tmp_path, codebook_path, photos_dir, layout, cluster, ray_cluster
-):
-    undisturbed = settings(tmp_path, layout=layout, out=tmp_path / "undisturbed")
-    factories.build_cache(**undisturbed)
-    # The build stops in its second unit, at a file that never gives its content.
-    waits = photos_dir / "a/004.jpg"
-    content = waits.read_bytes()
-    waits.unlink()
-    os.mkfifo(waits)
-    address = ray_cluster.get_runtime_context().gcs_address
-    process = start_build(tmp_path, layout, address if cluster == "a running one" else None)
-    wait_for(tmp_path / "cache/units/000000.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert not (tmp_path / "cache/manifest.json").exists()
-    with pytest.raises(ArtifactError, match=r"build has not finished.*it resumes"):
-        TokenCache.open(tmp_path / "cache")
-    waits.unlink()
-    waits.write_bytes(content)
-    options = settings(tmp_path, layout=layout, cluster=ClusterOptions(num_workers=1))
-    summary = build.run(build.BuildOptions(**options, device="cpu"))
-    assert summary.num_units_kept >= 1
-    assert factories.contents(tmp_path / "cache") == factories.contents(tmp_path / "undisturbed")
 
 
 def test_plain_tools_read_a_finished_cache(tmp_path, codebook_path, photos_dir):

@@ -309,7 +309,7 @@ def descendants(pid):
     return [found for child in children for found in (int(child), *descendants(child))]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_build_that_is_stopped_says_what_is_kept_and_leaves_nothing_running(
     tmp_path, codebook_path, number
 ):

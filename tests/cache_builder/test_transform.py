@@ -528,7 +528,7 @@ def test_a_damaged_unit_of_a_cache_of_several_sources_is_refused_by_their_place(
     report = verify(out, repair=True, device="cpu", cluster=ClusterOptions(num_workers=0))
     assert report.repaired == []
     (refusal,) = report.refused
-    assert refusal.startswith(f"the cache was merged from {tmp_path}/{{first,second}}, which")
+    assert refusal.startswith(f"the cache was merged from {tmp_path}/{{first,second}}, whose")
 
 
 # --- whole or not at all

@@ -46,8 +46,8 @@ def raylets(s3_server):
 @pytest.mark.parametrize(
     ("layout", "place", "num_codebooks", "kinds"),
     [
-        ("webdataset", "local", 1, ["driver", "worker", "raylet", "worker", "raylet"]),
-        ("zarr", "local", 2, ["driver", "interrupt", "worker", "raylet"]),
+        ("webdataset", "local", 1, ["driver", "worker", "raylet"]),
+        ("zarr", "local", 2, ["driver", "interrupt", "raylet"]),
         ("webdataset", "s3", 2, ["driver", "worker"]),
     ],
 )

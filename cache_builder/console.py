@@ -75,6 +75,11 @@ def build_lines(summary: "BuildSummary", out: str) -> list[str]:
         f"fingerprint  {manifest.fingerprint}",
         f"images       {manifest.num_samples:,}, {manifest.view_spec.num_views} views each, "
         f"{rows} x {cols} token ids per view",
+        *(
+            f"layer        {layer.name}: views {layer.first_view} to "
+            f"{layer.first_view + layer.num_views - 1} of tokenizer {layer.fingerprint[:12]}"
+            for layer in manifest.layers
+        ),
         f"skipped      {manifest.num_skipped:,}{reasons}",
         f"size         {size_text(manifest.bytes)} in {len(manifest.shards)} shards{kept}",
         *_payload_lines(manifest),
@@ -107,6 +112,7 @@ def build_result(summary: "BuildSummary", out: str) -> dict[str, JsonValue]:
         "num_samples": manifest.num_samples,
         "num_views": manifest.num_samples * manifest.view_spec.num_views,
         "num_skipped": manifest.num_skipped,
+        "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
         "num_shards": len(manifest.shards),
         "num_units_kept": summary.num_units_kept,
         "bytes": manifest.bytes,

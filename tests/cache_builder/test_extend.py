@@ -216,6 +216,7 @@ def test_the_command_extends_and_refuses_what_is_settled(make, patchcache, grey_
         "build", "--extend", "--out", cache, "--codebook", grey_path, "--views", 3, "--workers", 0
     )
     assert done.status == 0, done.err
+    assert "-002: views 2 to 2 of tokenizer" in done.out
     assert len(samples_of(cache)[0].views) == 3
     refused = patchcache("build", "--extend", "--out", cache, "--seed", 7)
     assert refused.status == 1

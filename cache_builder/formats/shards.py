@@ -35,6 +35,7 @@ from cache_builder.formats.sample import (
     from_npy,
     npy_bytes,
 )
+from cache_builder.formats.tar_stream import TarStream
 from cache_builder.stores import RandomReader, Store
 
 TOKENS = "tokens.npy"
@@ -61,28 +62,24 @@ class ShardWriter:
 
     def __init__(self, store: Store, unit: int) -> None:
         """Begin a tar under a temporary name."""
-        import webdataset
-
         self._name = shard_name(unit)
         self._entries: list[SampleEntry] = []
         self._publishing = contextlib.ExitStack()
         file = self._publishing.enter_context(store.publishing(self._name))
         self._file = _Hashed(file)
-        self._tar = webdataset.TarWriter(self._file, user="", group="", mtime=0, encoder=False)
+        self._tar = TarStream(self._file)
 
     def add(self, new: NewSample) -> None:
         """Append one sample."""
-        members = {}
-        for extension, data in _members(new).items():
-            self._tar.write({"__key__": new.sample.key, extension: data})
-            # tarfile has padded the data to whole blocks; what follows starts at `offset`.
-            padded = -(-len(data) // _BLOCK_BYTES) * _BLOCK_BYTES
-            members[extension] = (int(self._tar.tarstream.offset) - padded, len(data))
+        members = {
+            extension: (self._tar.add(f"{new.sample.key}.{extension}", data), len(data))
+            for extension, data in _members(new).items()
+        }
         self._entries.append(SampleEntry(key=new.sample.key, members=members))
 
     def finish(self) -> Written:
         """Publish the tar and say where its members lie."""
-        self._tar.close()
+        self._tar.finish()
         self._publishing.close()
         digest = FileDigest(
             path=self._name, bytes=self._file.num_bytes, sha256=self._file.digest.hexdigest()
@@ -99,8 +96,6 @@ class ShardWriter:
         """Discard the tar unless it is finished."""
         if exc_info[0] is None:
             exc_info = (_Unfinished, _Unfinished(), None)
-        with contextlib.suppress(OSError):  # a disk may be full
-            self._tar.close()
         with contextlib.suppress(_Unfinished):
             self._publishing.__exit__(*exc_info)
 

@@ -29,13 +29,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import webdataset
 from rich.console import Console
 from rich.table import Table
 from torch import multiprocessing
 
 from cache_builder import files, image_types, imaging, sources
-from cache_builder.formats import manifest, shards, views, zarr_store
+from cache_builder.formats import manifest, shards, tar_stream, views, zarr_store
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
 from cache_builder.formats.manifest import read_model
@@ -379,7 +378,7 @@ def stages_of_build(source: Any) -> list[Stage]:
         Stage("image extension", ((image_types, "image_extension"),)),
         Stage("join views", ((torch, "stack"), (torch, "cat"))),
         Stage("other targets", ((TargetMaker, "make"), (Targets, "split"))),
-        Stage("tar members", ((webdataset.TarWriter, "write"),)),
+        Stage("tar members", ((tar_stream.TarStream, "add"),)),
         Stage("write shard", tuple((writer, name) for writer in WRITERS for name in WRITING)),
         Stage("publish", tuple((files, name) for name in PUBLISHING)),
         Stage("digest", ((shards._Hashed, "write"), (manifest.FileDigest, "of_content"))),

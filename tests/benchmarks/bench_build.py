@@ -37,7 +37,6 @@ from cache_builder import files, image_types, imaging, sources
 from cache_builder.formats import manifest, shards, tar_stream, views, zarr_store
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
-from cache_builder.formats.manifest import read_model
 from cache_builder.formats.views import View, draw_views
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.kmeans import fit_centroids
@@ -195,7 +194,10 @@ def finished_at(out: Path) -> list[float]:
     """Return when every image of an output was done: the times of the files that say so."""
     if (out / "units").is_dir():
         records = [*(out / "units").iterdir()]
-        counts = [read_model(manifest.UnitRecord, path).num_samples for path in records]
+        counts = [
+            factories.read(manifest.UnitRecord, out, f"units/{path.name}").num_samples
+            for path in records
+        ]
     elif (out / "tokens").is_dir():
         records = [*(out / "tokens").iterdir()]
         counts = [1] * len(records)

@@ -40,6 +40,7 @@ FREE_ON_RESUME: Final = frozenset(
         "run.checkpoint_every",
         "run.keep_checkpoints",
         "data.num_workers",
+        "data.micro_batch_size",
         "data.images",
     }
 )
@@ -55,7 +56,7 @@ class Progress(BaseModel, frozen=True, extra="forbid"):
     step: int = Field(ge=0, description="optimiser steps done")
     first_loss: float = Field(description="of step 1")
     last_loss: float = Field(description="mean of the last logged interval")
-    unlogged: tuple[tuple[float, ...], ...] = Field(
+    unlogged: tuple[dict[str, float], ...] = Field(
         (), description="metrics of the steps since the last logged one"
     )
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from cache_builder.errors import ConfigError
+from trainer.objectives import METHOD_NAMES, load_method
+from trainer.objectives.interface import MethodConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -22,7 +24,13 @@ RECIPES = Path(__file__).parent / "recipes"
 class DataConfig(BaseModel, frozen=True, extra="forbid"):
     """How samples come out of the cache and onto the device."""
 
-    batch_size: int = Field(gt=0, description="images per optimiser step")
+    batch_size: int = Field(gt=0, description="images per optimiser step, of all devices together")
+    micro_batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="images per forward pass on one device; gradients add up to the whole batch; "
+        "none: all of a device's share at once",
+    )
     num_workers: int = Field(
         0, ge=0, description="processes that decode; 0 is fastest for pictures of a few kilobytes"
     )
@@ -51,6 +59,11 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
     def _check(self) -> Self:
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {self.std}")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
         return self
 
 
@@ -63,33 +76,6 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     num_heads: int | None = Field(None, gt=0, description="must divide D; none: as the name says")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     layer_scale: float | None = Field(None, gt=0, description="initial LayerScale; none: no scale")
-
-
-class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
-    """What the model predicts, and from what."""
-
-    method: Literal["beit"] = "beit"
-    mask_ratio: float = Field(
-        75 / 196, gt=0, lt=1, description="share of patches masked; BEiT v2 masks 75 of 196"
-    )
-    mask_kind: Literal["block", "random"] = "block"
-    masked_tokens: Literal["keep", "drop"] = Field(
-        "keep",
-        description="keep: a mask token stands for each masked patch in the encoder (BEiT); "
-        "drop: the encoder sees visible patches only and a decoder predicts (MAE)",
-    )
-    decoder_depth: int | None = Field(None, gt=0, description="blocks, with drop; none: 1")
-    decoder_dim: int | None = Field(None, gt=0, description="width, with drop; none: the ViT's D")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.masked_tokens == "keep":
-            for key in ("decoder_depth", "decoder_dim"):
-                if getattr(self, key) is not None:
-                    raise ValueError(
-                        f"{key} belongs to masked_tokens = 'drop'; with 'keep' there is no decoder"
-                    )
-        return self
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
@@ -135,7 +121,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
 
     data: DataConfig
     model: ModelConfig = ModelConfig.model_validate({})
-    objective: ObjectiveConfig = ObjectiveConfig.model_validate({})
+    objective: SerializeAsAny[MethodConfig] = Field(description="settings of one method")
     optim: OptimConfig
     run: RunConfig
 
@@ -176,10 +162,26 @@ def parse_config(tree: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: A key that does not exist or is missing, or a wrong value.
     """
+    tree = dict(tree)
+    errors: list[dict[str, Any]] = []
+    objective = tree.setdefault("objective", {})
+    method = _method_of(tree)
+    if isinstance(objective, Mapping):
+        # Checked by itself, because which settings there are depends on the method.
+        settings = load_method(method).Config
+        try:
+            tree["objective"] = settings.model_validate({**objective, "method": method})
+        except ValidationError as exc:
+            errors += [{**error, "loc": ("objective", *error["loc"])} for error in exc.errors()]
+            del tree["objective"]
     try:
-        return TrainConfig.model_validate(tree)
+        config = TrainConfig.model_validate(tree)
     except ValidationError as exc:
-        raise ConfigError(" ".join(_explain(error) for error in exc.errors())) from exc
+        others = [{**error} for error in exc.errors()]
+        errors += [error for error in others if not (errors and error["loc"] == ("objective",))]
+    if errors:
+        raise ConfigError(" ".join(_explain(error, method) for error in errors))
+    return config
 
 
 def recipe_names() -> list[str]:
@@ -190,7 +192,10 @@ def recipe_names() -> list[str]:
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ: key -> (old value, new value)."""
     before, after = (dict(_flatten(config.model_dump(mode="json"))) for config in (old, new))
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    keys = dict.fromkeys((*before, *after))  # another method has other keys
+    return {
+        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    }
 
 
 def _recipe_path(recipe: str | Path) -> Path:
@@ -210,6 +215,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *parents, name = parts = key.strip().split(".")
     if not separator or not all(parts):
         raise ConfigError(f"--set takes key=value, as in optim.lr=1e-3, not {text!r}.")
+    method = _method_of(tree)
     for depth, parent in enumerate(parents, start=1):
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
@@ -220,7 +226,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if value is None:
         tree.pop(name, None)
         # A key that does not exist is refused whatever its value.
-        _require_key(parts)
+        _require_key(parts, method)
     else:
         tree[name] = value
 
@@ -234,17 +240,33 @@ def _parse_value(text: str) -> object:
         return text
 
 
-def _require_key(parts: Sequence[str]) -> None:
+def _require_key(parts: Sequence[str], method: str) -> None:
     *parents, name = parts
-    if name not in _keys_at(parents):
-        raise ConfigError(_unknown_key(parts))
+    if name not in _keys_at(parents, method):
+        raise ConfigError(_unknown_key(parts, method))
 
 
-def _explain(error: Mapping[str, Any]) -> str:
+def _method_of(tree: Mapping[str, Any]) -> str:
+    """Return the method that a tree of settings names, BEiT's where it names none.
+
+    Raises:
+        ConfigError: There is no such method.
+    """
+    objective = tree.get("objective")
+    method = objective.get("method", "beit") if isinstance(objective, Mapping) else "beit"
+    if method not in METHOD_NAMES:
+        raise ConfigError(
+            f"There is no method {method!r}. Set objective.method to one of: "
+            f"{', '.join(METHOD_NAMES)}."
+        )
+    return str(method)
+
+
+def _explain(error: Mapping[str, Any], method: str) -> str:
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
     if error["type"] == "extra_forbidden":
-        return _unknown_key(parts)
+        return _unknown_key(parts, method)
     if error["type"] == "missing":
         return f"Missing key '{key}'."
     reason = error["msg"].removeprefix("Value error, ")
@@ -254,9 +276,9 @@ def _explain(error: Mapping[str, Any]) -> str:
     return f"Wrong value {error['input']!r} for '{key}': {reason}."
 
 
-def _unknown_key(parts: Sequence[str]) -> str:
+def _unknown_key(parts: Sequence[str], method: str) -> str:
     *parents, name = parts
-    known = _keys_at(parents)
+    known = _keys_at(parents, method)
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = (
         f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}."
@@ -264,11 +286,13 @@ def _unknown_key(parts: Sequence[str]) -> str:
     return f"Unknown key '{'.'.join(parts)}'; {hint}"
 
 
-def _keys_at(parents: Iterable[str]) -> list[str]:
+def _keys_at(parents: Iterable[str], method: str) -> list[str]:
     model: Any = TrainConfig
     for parent in parents:
         field = getattr(model, "model_fields", {}).get(parent)
         model = None if field is None else field.annotation
+        if isinstance(model, type) and issubclass(model, MethodConfig):
+            model = load_method(method).Config
         if isinstance(model, UnionType):
             model = get_args(model)[0]
     return list(getattr(model, "model_fields", {}))

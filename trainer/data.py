@@ -13,7 +13,7 @@ spawning pays the import of torch in every worker.
 import hashlib
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,10 +33,14 @@ from cache_builder.errors import (
 )
 from cache_builder.formats import CachedSample, PayloadName, TokenCache, View
 from cache_builder.sources import ImageJoin
+from trainer.objectives.interface import Targets
+from trainer.pixels import to_unit_range
 
 _WINDOW_SHARDS = 64  # as many as TokenCache keeps open
-# Soft targets and features, which can be a hundred times as large as token ids, are not read.
-_PAYLOADS: tuple[PayloadName, ...] = ("image",)
+
+
+# Arrays of a sample that belong to a view, under the same names in `Batch`.
+_TARGETS = ("token_ids", "soft_ids", "soft_probs", "features", "feature_scales")
 
 
 class Pick(NamedTuple):
@@ -54,6 +58,35 @@ class Batch(NamedTuple):
     token_ids: Tensor  # (B, N) int64, or (B, N, M) with M > 1 stages
     labels: Tensor  # (B,) int64, -1 where there is none
     keys: list[str]
+    # Of payloads that were asked for, as they are stored.
+    soft_ids: Tensor | None = None  # (B, N, k) int64
+    soft_probs: Tensor | None = None  # (B, N, k) float16
+    features: Tensor | None = None  # (B, N, D) float16 or int8
+    feature_scales: Tensor | None = None  # (B, N) float32, of int8
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Return the samples `start .. stop - 1`."""
+        parts: Any = (None if field is None else field[start:stop] for field in self)
+        return Batch(*parts)
+
+    def targets(self, device: torch.device) -> Targets:
+        """Return what a method is called with, on a device."""
+
+        def move(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device, non_blocking=True)
+
+        probs, features, scales = map(move, (self.soft_probs, self.features, self.feature_scales))
+        if features is not None:
+            features = features.float()
+            if scales is not None:
+                features = features * scales[..., None]
+        return Targets(
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            clean=to_unit_range(self.pixels, device),
+            soft_ids=move(self.soft_ids),
+            soft_probs=None if probs is None else probs.float(),
+            features=features,
+        )
 
 
 class BatchOrder:
@@ -124,6 +157,7 @@ class CachedViews:
         images: str | None = None,
         views: Literal["by epoch", "first"] = "by epoch",
         tokenizer: str | None = None,
+        payloads: Collection[PayloadName] = (),
     ) -> None:
         """Say what to read; nothing is opened yet.
 
@@ -133,12 +167,15 @@ class CachedViews:
             images: Where the images lie, for a cache that holds none and whose images have moved.
             views: `by epoch` is `view_index`, `first` the centred square.
             tokenizer: Fingerprint of one of several tokenizers of the cache; None is the first.
+            payloads: Which of `soft` and `features`, which can be a hundred times as large as the
+                token ids, to read beside the images.
         """
         self._cache_path = cache_path
         self._image_size = image_size
         self._images = images
         self._views = views
         self._tokenizer = tokenizer
+        self._payloads = frozenset({"image", *payloads})
         self._opened: TokenCache | None = None
         self._join: ImageJoin | None = None
 
@@ -164,19 +201,22 @@ class CachedViews:
             ArtifactError: A shard, or an image in it, is damaged.
             ConfigError: The cache holds no images and they are not where it says.
         """
-        pixels, token_ids, labels, keys = [], [], [], []
+        pixels, labels, keys = [], [], []
+        targets: dict[str, list[NDArray[Any]]] = {}
         for pick in picks:
-            sample = self._cache.read(pick.shard, pick.row, payloads=_PAYLOADS)
+            sample = self._cache.read(pick.shard, pick.row, payloads=self._payloads)
             index = 0
             if self._views == "by epoch":
                 index = view_index(sample.key, pick.epoch, len(sample.views))
             pixels.append(self._pixels(sample, pick.shard, index))
-            token_ids.append(sample.token_ids[index].astype(np.int64))
+            for name in _TARGETS:
+                if (values := getattr(sample, name)) is not None:
+                    targets.setdefault(name, []).append(values[index])
             labels.append(-1 if sample.label is None else sample.label)
             keys.append(sample.key)
-        # (B, rows, cols[, M]) to (B, N[, M])
-        targets = torch.from_numpy(np.stack(token_ids)).flatten(1, 2)
-        return Batch(torch.stack(pixels), targets, torch.tensor(labels), keys)
+        # (B, rows, cols, ...) to (B, N, ...)
+        found = {name: _to_tensor(arrays).flatten(1, 2) for name, arrays in targets.items()}
+        return Batch(torch.stack(pixels), labels=torch.tensor(labels), keys=keys, **found)
 
     def close(self) -> None:
         """Close what this process has opened."""
@@ -253,6 +293,12 @@ def read_batches(
         if isinstance(item, PatchCacheError):
             raise item
         yield item
+
+
+def _to_tensor(arrays: list[NDArray[Any]]) -> Tensor:
+    stacked = np.stack(arrays)
+    # torch indexes with int64 alone.
+    return torch.from_numpy(stacked.astype(np.int64) if stacked.dtype == np.uint16 else stacked)
 
 
 def _as_it_is(batch: Batch | PatchCacheError) -> Batch | PatchCacheError:

@@ -21,6 +21,7 @@ from trainer import pixels
 from trainer.config import DataConfig
 from trainer.data import CachedViews, Pick, read_batches, stable_hash
 from trainer.model import build_vit, pick_device
+from trainer.objectives.interface import Normalise
 
 TEST_SHARE = 0.2
 WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -228,9 +229,10 @@ def _read(
     features: list[list[Tensor]] = [[] for _ in vits]
     labels: list[Tensor] = []
     is_test: list[bool] = []
+    normalise_input = Normalise(data.mean, data.std).to(device)
     for batch in read_batches(dataset, blocks, num_workers=data.num_workers, device=device):
         images = pixels.to_unit_range(batch.pixels, device)
-        images = pixels.normalise(images, data.mean, data.std)
+        images = normalise_input(images)
         with torch.inference_mode():
             for rows, vit in zip(features, vits, strict=True):
                 rows.append(pooled_features(vit, images).cpu())

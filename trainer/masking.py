@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.draws import SampleGenerator
+
 _NUM_TRIES = 10
 # 16 of the 196 patches of BEiT's grid. As a share, it means the same on any grid.
 _MIN_BLOCK_SHARE = 16 / 196
@@ -53,20 +55,18 @@ def block_mask(grid: tuple[int, int], num_masked: int, generator: torch.Generato
     return _to_tensor(masked, grid)
 
 
-def random_mask(grid: tuple[int, int], num_masked: int, generator: torch.Generator) -> Tensor:
+def random_masks(grid: tuple[int, int], num_masked: int, generator: SampleGenerator) -> Tensor:
     """Draw patches uniformly without replacement, as MAE (arXiv:2111.06377) does.
 
     Returns:
-        bool (rows, cols), exactly `num_masked` of it True.
+        bool (B, rows, cols) on the generator's device, exactly `num_masked` of every mask True.
 
     Raises:
         ValueError: The grid is empty or has fewer than `num_masked` patches.
     """
     _check(grid, num_masked)
     rows, cols = grid
-    mask = torch.zeros(rows * cols, dtype=torch.bool)
-    mask[torch.randperm(rows * cols, generator=generator)[:num_masked]] = True
-    return mask.reshape(rows, cols)
+    return (generator.permutations(rows * cols) < num_masked).reshape(-1, rows, cols)
 
 
 def _check(grid: tuple[int, int], num_masked: int) -> None:

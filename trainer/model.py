@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 
 from cache_builder.errors import ConfigError
-from cache_builder.formats import CacheManifest
-from trainer.config import ModelConfig
+from cache_builder.formats import CacheManifest, Codebook
+from trainer.config import ModelConfig, TrainConfig
+from trainer.objectives import load_method
+from trainer.objectives.interface import Normalise, Parts
 
 
 class VitSpec(NamedTuple):
@@ -85,6 +88,19 @@ def build_vit(spec: VitSpec, drop_path: float = 0.0) -> VisionTransformer:
         )
     vit.fix_init_weight()
     return vit
+
+
+def build_objective(config: TrainConfig, manifest: CacheManifest, codebook: Codebook) -> nn.Module:
+    """Return the module of a method around a ViT, drawn from torch's default generator.
+
+    Raises:
+        ConfigError: The model or the method does not go with the cache.
+    """
+    spec = vit_spec(config.model, manifest, config.data.image_size)
+    vit = build_vit(spec, config.model.drop_path)
+    normalise = Normalise(config.data.mean, config.data.std)
+    parts = Parts(vit, manifest, codebook, normalise)
+    return load_method(config.objective.method).build(config.objective, parts)
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ the checkpoint's step: rows of steps that are trained again are taken away first
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,18 +16,27 @@ logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
 
+_LARGEST_EXPONENT = 700.0  # of what a float holds
+_SHOWN = (("loss", "loss", ".4g"), ("accuracy", "acc", ".3f"), ("perplexity", "ppl", ".4g"))
+
 
 class LogRow(NamedTuple):
     """The means over one interval of steps, and how fast it was."""
 
     step: int  # optimiser steps done
     epoch: int
-    loss: float
-    accuracy: float
-    gradient_norm: float
+    metrics: dict[str, float]  # loss, gradient_norm and those of the method, by name
     learning_rate: float
     images_per_s: float
     data_wait: float  # share of the time spent waiting for a batch
+
+    def values(self) -> dict[str, float]:
+        """Return everything by name, in one level; `perplexity` follows from `cross_entropy`."""
+        values = {**self._asdict(), **self.metrics}
+        del values["metrics"]
+        if "cross_entropy" in values:
+            values["perplexity"] = math.exp(min(values["cross_entropy"], _LARGEST_EXPONENT))
+        return values
 
 
 class RunLog:
@@ -48,17 +58,18 @@ class RunLog:
 
     def write(self, row: LogRow, *, remaining_s: float) -> None:
         """Write one row; `remaining_s` is the time that the rest of the run will take."""
-        self._file.write(json.dumps(row._asdict()) + "\n")
+        values = row.values()
+        self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in row._asdict().items():
+            for name, value in values.items():
                 if name != "step":
                     self._board.add_scalar(name, value, row.step)
+        shown = [f"{label} {values[name]:{form}}" for name, label, form in _SHOWN if name in values]
         logger.info(
-            "step %d loss %.4g acc %.3f img/s %.0f wait %.0f%% eta %s",
+            "step %d %s img/s %.0f wait %.0f%% eta %s",
             row.step,
-            row.loss,
-            row.accuracy,
+            " ".join(shown),
             row.images_per_s,
             100 * row.data_wait,
             format_duration(remaining_s),

@@ -8,7 +8,6 @@ checkpoint is written before that check.
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import signal
@@ -23,14 +22,14 @@ import torch
 
 from cache_builder import files
 from cache_builder.errors import ConfigError, NotFiniteError
-from cache_builder.formats import CacheManifest, TokenCache
+from cache_builder.formats import CacheManifest, Codebook, TokenCache
 from trainer import checkpoint as checkpoints
 from trainer import pixels
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
 from trainer.config import TrainConfig
 from trainer.data import Batch, BatchOrder, CachedViews, read_batches
-from trainer.model import VitSpec, pick_device, uses_bf16, vit_spec
-from trainer.objectives import build_objective
+from trainer.draws import SampleGenerator, derived_seed
+from trainer.model import VitSpec, build_objective, pick_device, uses_bf16, vit_spec
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.run_log import LogRow, RunLog
 
@@ -83,7 +82,9 @@ def run(
     out_dir = Path(out_dir)
     with TokenCache.open(cache_path, config.data.tokenizer) as cache:
         manifest = cache.manifest
-    trainer = Trainer(config, manifest, CacheIdentity.of(cache_path, manifest), out_dir)
+        codebook = cache.codebook
+    identity = CacheIdentity.of(cache_path, manifest)
+    trainer = Trainer(config, manifest, codebook, identity, out_dir)
     newest = checkpoints.latest(out_dir)
     if newest is not None:
         if not resume:
@@ -98,7 +99,12 @@ class Trainer:
     """One run: a model, its optimizer, and how far they are."""
 
     def __init__(
-        self, config: TrainConfig, manifest: CacheManifest, cache: CacheIdentity, out_dir: Path
+        self,
+        config: TrainConfig,
+        manifest: CacheManifest,
+        codebook: Codebook,
+        cache: CacheIdentity,
+        out_dir: Path,
     ) -> None:
         """Build model and optimizer, freshly initialised from the run's seed.
 
@@ -114,14 +120,13 @@ class Trainer:
         sizes = [shard.num_samples for shard in manifest.shards]
         self._order = BatchOrder(sizes, config.data.batch_size, seed=config.run.seed)
         torch.manual_seed(config.run.seed)
-        self.objective = build_objective(config, manifest).to(self.device)
+        self.objective = build_objective(config, manifest, codebook).to(self.device)
         self._optimizer = build_optimizer(self.objective, config.optim)
-        self._generator = torch.Generator()
         self.step = 0  # done
         self._losses: tuple[float, float] | None = None  # first and last
         self._last_saved: Path | None = None
-        self._metrics: list[list[float]] = []  # of the steps since the last row, checked
-        self._unchecked: list[tuple[int, list[str], torch.Tensor]] = []
+        self._metrics: list[dict[str, float]] = []  # of the steps since the last row, checked
+        self._unchecked: list[tuple[int, list[str], dict[str, torch.Tensor]]] = []
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -138,7 +143,7 @@ class Trainer:
         progress = loaded.header.progress
         self.step = progress.step
         self._losses = progress.first_loss, progress.last_loss
-        self._metrics = [list(values) for values in progress.unlogged]
+        self._metrics = list(progress.unlogged)
         self._last_saved = path
         logger.info("resuming from %s", path)
 
@@ -148,9 +153,10 @@ class Trainer:
         files.sweep(self._out_dir)
         dataset = CachedViews(
             cache_path,
-            image_size=self._spec.image_size,
+            image_size=self.objective.image_size,
             images=config.data.images,
             tokenizer=config.data.tokenizer,
+            payloads=self.objective.payloads,
         )
         batches = read_batches(
             dataset,
@@ -201,25 +207,37 @@ class Trainer:
 
     def _take_step(self, batch: Batch) -> None:
         config, step = self.config, self.step
-        torch.manual_seed(_seed(config.run.seed, step, "model"))
-        self._generator.manual_seed(_seed(config.run.seed, step, "data"))
-        images = pixels.to_unit_range(batch.pixels, self.device)
-        if config.data.color_jitter:
-            images = pixels.jitter_colour(images, config.data.color_jitter, self._generator)
-        images = pixels.normalise(images, config.data.mean, config.data.std)
-        token_ids = batch.token_ids.to(self.device, non_blocking=True)
+        torch.manual_seed(derived_seed(config.run.seed, step, "model"))
         set_learning_rate(self._optimizer, learning_rate(step, config))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16):
-            result = self.objective(images, token_ids, self._generator)
         self._optimizer.zero_grad()
-        result["loss"].backward()
+        size = config.data.micro_batch_size or config.data.batch_size
+        total: dict[str, torch.Tensor] = {}
+        for first in range(0, config.data.batch_size, size):
+            part = batch.part(first, first + size)
+            for name, value in self._add_gradients(part, first).items():
+                total[name] = total[name] + value if name in total else value
         norm = torch.nn.utils.clip_grad_norm_(
             self.objective.parameters(), config.optim.clip_norm or math.inf
         )
         self._optimizer.step()
         self.step += 1
-        metrics = torch.stack([result["loss"].detach(), result["accuracy"], norm])
-        self._unchecked.append((self.step, batch.keys, metrics))
+        self._unchecked.append((self.step, batch.keys, {**total, "gradient_norm": norm}))
+
+    def _add_gradients(self, batch: Batch, first: int) -> dict[str, torch.Tensor]:
+        """Add a micro-batch's share to the gradients; return its share of loss and metrics."""
+        config = self.config
+        generator = SampleGenerator(
+            config.run.seed, self.step, first=first, count=len(batch.keys), device=self.device
+        )
+        share = len(batch.keys) / config.data.batch_size
+        targets = batch.targets(self.device)
+        images = targets.clean
+        if config.data.color_jitter:
+            images = pixels.jitter_colour(images, config.data.color_jitter, generator)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16):
+            result = self.objective(images, targets, generator)
+        (result["loss"] * share).backward()
+        return {name: value.detach() * share for name, value in result.items()}
 
     def _check(self) -> None:
         """Fetch the metrics of the last steps and see that they are numbers.
@@ -229,28 +247,28 @@ class Trainer:
         """
         if not self._unchecked:
             return
-        values = torch.stack([metrics for _, _, metrics in self._unchecked]).tolist()
-        for (step, keys, _), (loss, _, norm) in zip(self._unchecked, values, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NotFiniteError(_not_finite_message(step, keys, loss, norm))
+        rows = torch.stack([torch.stack(list(found.values())) for _, _, found in self._unchecked])
+        for (step, keys, found), row in zip(self._unchecked, rows.tolist(), strict=True):
+            values = dict(zip(found, row, strict=True))
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+                raise NotFiniteError(_not_finite_message(step, keys, values))
+            self._metrics.append(values)
         self._unchecked.clear()
         if self._losses is None:
-            self._losses = values[0][0], values[0][0]
-        self._metrics.extend(values)
+            self._losses = self._metrics[0]["loss"], self._metrics[0]["loss"]
 
     def _log(self, log: RunLog, watch: "_Stopwatch") -> None:
-        loss, accuracy, norm = (
-            sum(column) / len(column) for column in zip(*self._metrics, strict=True)
-        )
+        means = {
+            name: sum(values[name] for values in self._metrics) / len(self._metrics)
+            for name in self._metrics[0]
+        }
         assert self._losses is not None
-        self._losses = self._losses[0], loss
+        self._losses = self._losses[0], means["loss"]
         elapsed_s, waited_s, num_steps = watch.lap()
         row = LogRow(
             step=self.step,
             epoch=(self.step - 1) // self._order.steps_per_epoch,
-            loss=loss,
-            accuracy=accuracy,
-            gradient_norm=norm,
+            metrics=means,
             learning_rate=learning_rate(self.step - 1, self.config),
             images_per_s=num_steps * self.config.data.batch_size / elapsed_s,
             data_wait=waited_s / elapsed_s,
@@ -264,7 +282,7 @@ class Trainer:
             step=self.step,
             first_loss=self._losses[0],
             last_loss=self._losses[1],
-            unlogged=tuple(tuple(values) for values in self._metrics),
+            unlogged=tuple(self._metrics),
         )
         header = Header(
             progress=progress,
@@ -335,16 +353,12 @@ def _stop_request() -> Iterator[threading.Event]:
         restore()
 
 
-def _seed(seed: int, step: int, purpose: str) -> int:
-    digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1  # torch takes 63 bits
-
-
-def _not_finite_message(step: int, keys: list[str], loss: float, norm: float) -> str:
+def _not_finite_message(step: int, keys: list[str], values: dict[str, float]) -> str:
     named = ", ".join(keys[:_NUM_KEYS_NAMED])
     more = f" and {len(keys) - _NUM_KEYS_NAMED} more" if len(keys) > _NUM_KEYS_NAMED else ""
     return (
-        f"Step {step}: loss {loss}, gradient norm {norm}. Its batch: {named}{more} "
-        f"({len(keys)} samples). Start a new run with a lower optim.lr, more optim.warmup_steps "
-        "or run.precision=fp32; if that stops at the same samples, look at their images."
+        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. "
+        f"Its batch: {named}{more} ({len(keys)} samples). Start a new run with a lower optim.lr, "
+        "more optim.warmup_steps or run.precision=fp32; if that stops at the same samples, look at "
+        "their images."
     )

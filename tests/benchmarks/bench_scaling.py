@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cache_builder import build, files, ray_jobs
+from cache_builder.build_worker import UnitReport
 from cache_builder.commit import summarise, write_manifest
 from cache_builder.formats.manifest import (
     MANIFEST_NAME,
@@ -75,11 +76,14 @@ class SleepingWorker:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+        self._summary = summarise(0, synthetic_record(0))
 
-    def run(self, unit: int) -> build.UnitReport:
+    def run(self, unit: int) -> UnitReport:
         """Sleep."""
         time.sleep(self._seconds)
-        return build.UnitReport(unit, UNIT_SIZE, 0, 10**8, was_there=False)
+        summaries = (self._summary._replace(unit=unit),)
+        name = f"{os.getpid()}"
+        return UnitReport(unit, UNIT_SIZE, 0, 4 * UNIT_SIZE, 10**8, False, summaries, node=name)
 
 
 def main() -> None:
@@ -140,25 +144,25 @@ def add_scaling(table: Table, num_workers: int, seconds: float, in_flight: int =
     """Add a row; return the driver's CPU seconds per unit."""
     before = ray_jobs._UNITS_IN_FLIGHT
     ray_jobs._UNITS_IN_FLIGHT = in_flight // num_workers or before
-    num_warm = ray_jobs._UNITS_IN_FLIGHT * num_workers  # until all have come once
-    num_units = num_warm + (12 * num_workers if seconds else 2000 + num_warm)
+    num_flying = ray_jobs._UNITS_IN_FLIGHT * num_workers
+    num_measured = 12 * num_workers if seconds else 2000
     options = ray_jobs.ClusterOptions(num_workers=num_workers)
-    results = ray_jobs.map_units(partial(SleepingWorker, seconds), range(num_units), options)
-    for _ in range(num_warm):
-        next(results)
+    work = partial(SleepingWorker, seconds)
+    # More units than are waited for: towards the end fewer would be in flight.
+    results = ray_jobs.map_units(work, range(1_000_000), options)
+    started = {next(results).result.node for _ in range(num_flying)}
+    while len(started) < num_workers:
+        started.add(next(results).result.node)
     wall, cpu = time.perf_counter(), time.process_time()
-    # Towards the end fewer units are in flight, so what comes then is not looked at.
-    num_measured = num_units - num_warm - (0 if seconds else num_warm)
     for _ in range(num_measured):
         next(results)
     elapsed, driver_s = time.perf_counter() - wall, time.process_time() - cpu
-    for _ in results:
-        pass
+    results.close()
     ray_jobs._UNITS_IN_FLIGHT = before
     rate = num_measured / elapsed
     ideal = num_workers / seconds if seconds else None
     table.add_row(
-        f"{num_workers}", f"{num_warm:,}", f"{seconds:.1f}", f"{rate:.1f}",
+        f"{num_workers}", f"{num_flying:,}", f"{seconds:.1f}", f"{rate:.1f}",
         f"{ideal:.1f}" if ideal else "", f"{rate / ideal:.1%}" if ideal else "",
         f"{driver_s / num_measured * 1e3:.2f}",
     )  # fmt: skip

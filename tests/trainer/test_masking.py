@@ -1,13 +1,19 @@
 import pytest
 import torch
 
-from trainer.masking import block_mask, random_mask
+from trainer.draws import SampleGenerator
+from trainer.masking import block_mask, random_masks
 
 GRIDS = [(14, 14), (8, 8), (4, 4), (1, 7), (7, 1), (1, 1), (3, 11)]
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def random_mask(grid, num_masked, numbers):
+    drawn = SampleGenerator(numbers.initial_seed(), 0, count=1, device="cpu")
+    return random_masks(grid, num_masked, drawn)[0]
 
 
 @pytest.mark.parametrize("draw", [block_mask, random_mask])

@@ -1,0 +1,9 @@
+import pytest
+
+from tests.trainer.caches import make_cache
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory):
+    """A cache of 24 pictures of 4 x 4 coloured patches and a codebook of the six colours."""
+    return make_cache(tmp_path_factory.mktemp("tiny"))

@@ -41,6 +41,9 @@ _SETTLED = (
     "jpeg_quality", "unit_size",
 )  # fmt: skip
 
+# By name alone: importing the trainer would bring torch along.
+_RECIPES = sorted(path.stem for path in Path(__file__).parents[1].glob("trainer/recipes/*.toml"))
+
 app = typer.Typer(
     name="patchcache",
     help="Fit patch codebooks, cache per-patch targets, serve them, train ViTs from them.",
@@ -404,10 +407,17 @@ def serve(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe of ours (beit, beit_drop) or a .toml.")],
     cache: Annotated[str, typer.Option(help="A finished cache.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help=f"One of ours ({', '.join(_RECIPES)}) or a .toml.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Train by this method: by its recipe, or in place of the RECIPE's own."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE.")
+        Path | None,
+        typer.Option(help="Where checkpoints and logs go; default runs/RECIPE-METHOD."),
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=value; may be given many times.")
@@ -422,8 +432,10 @@ def train(
     from trainer import train as job
     from trainer.config import load_config
 
-    out = out or Path("runs") / Path(recipe).stem
-    summary = job.run(load_config(recipe, assignments or []), cache, out)
+    config = load_config(recipe, assignments or [], method=method)
+    names = [Path(recipe).stem] if recipe else []
+    out = out or Path("runs") / "-".join([*names, *([method] if method else [])])
+    summary = job.run(config, cache, out)
     if as_json:
         print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
         return

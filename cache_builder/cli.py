@@ -23,6 +23,8 @@ from cache_builder.cli_options import (
     Images,
     Json,
     RayAddress,
+    Recipe,
+    TrainingMethod,
     Weights,
     Workers,
     model_args,
@@ -40,9 +42,6 @@ _SETTLED = (
     "scale", "ratio", "hflip", "seed", "layout", "images_in_cache", "resized_short_side",
     "jpeg_quality", "unit_size",
 )  # fmt: skip
-
-# By name alone: importing the trainer would bring torch along.
-_RECIPES = sorted(path.stem for path in Path(__file__).parents[1].glob("trainer/recipes/*.toml"))
 
 app = typer.Typer(
     name="patchcache",
@@ -408,16 +407,10 @@ def serve(
 @app.command()
 def train(
     cache: Annotated[str, typer.Option(help="A finished cache.")],
-    recipe: Annotated[
-        str | None, typer.Argument(help=f"One of ours ({', '.join(_RECIPES)}) or a .toml.")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="Train by this method: by its recipe, or in place of the RECIPE's own."),
-    ] = None,
+    recipe: Recipe = None,
+    method: TrainingMethod = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Where checkpoints and logs go; default runs/RECIPE-METHOD."),
+        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE-METHOD.")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=value; may be given many times.")
@@ -433,9 +426,8 @@ def train(
     from trainer.config import load_config
 
     config = load_config(recipe, assignments or [], method=method)
-    names = [Path(recipe).stem] if recipe else []
-    out = out or Path("runs") / "-".join([*names, *([method] if method else [])])
-    summary = job.run(config, cache, out)
+    names = [Path(recipe or "").stem, method or ""]
+    summary = job.run(config, cache, out or Path("runs") / "-".join(filter(None, names)))
     if as_json:
         print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
         return

@@ -148,10 +148,6 @@ class Hiding(nn.Module):
         patches = encoded[:, vit.num_prefix_tokens :]
         return take(patches, masks.visible_at) if self.decoder is None else patches
 
-    def masked_rows(self, vit: VisionTransformer, patches: Tensor, masks: Masks) -> Tensor:
-        """Return the rows of the masked patches alone, (B, m, width)."""
-        return take(self(vit, patches, masks), masks.masked_at)
-
 
 class Decoder(nn.Module):
     """A few blocks over the encoder's output and one mask token per masked patch."""

@@ -334,6 +334,13 @@ def inspect(
             "images: where they lie now, for --page."
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Cache of several tokenizers: the one to show, by the start of its fingerprint; "
+            "default the first. All of them are listed."
+        ),
+    ] = None,
     page: Annotated[
         Path | None,
         typer.Option(help="Of a cache, or a codebook with --images: write a page, .html."),
@@ -358,9 +365,16 @@ def inspect(
     path = Path(location)
     if "://" in location or path.is_dir():
         cli_inspect.survey(
-            location, images=images, page=page, max_images=max_images, as_json=as_json
+            location,
+            tokenizer=tokenizer,
+            images=images,
+            page=page,
+            max_images=max_images,
+            as_json=as_json,
         )
         return
+    if tokenizer is not None:
+        raise ConfigError(f"--tokenizer chooses one of a cache's, and {location} is no cache.")
     if images is not None:
         from cache_builder.appraisal import AppraisalOptions
 

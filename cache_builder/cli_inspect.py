@@ -34,6 +34,7 @@ def appraise(options: "AppraisalOptions", page: Path | None, *, as_json: bool) -
 def survey(
     location: str,
     *,
+    tokenizer: str | None,
     images: str | None,
     page: Path | None,
     max_images: int | None,
@@ -51,7 +52,7 @@ def survey(
             "--images says where the images of a cache lie, for the pictures of --page. Name a "
             "page, or leave --images out."
         )
-    with TokenCache.open(location) as cache:
+    with TokenCache.open(location, tokenizer) as cache:
         with Steps("counting", "images") as progress:
             found = cache_survey.run(
                 cache, max_images, cache_page.NUM_EXAMPLES if page else 0, progress.update

@@ -75,6 +75,10 @@ def test_wrong_usage_exits_with_2(patchcache, words):
     ("words", "message"),
     [
         ("inspect nowhere", "patchcache inspect: There is nothing at nowhere."),
+        (
+            "inspect some.tar --tokenizer 0",
+            "patchcache inspect: --tokenizer chooses one of a cache's, and some.tar is no cache.",
+        ),
         ("verify .", "patchcache verify: . is not a cache: it has neither manifest.json nor"),
         (
             "build --images x --codebook nowhere --out cache",

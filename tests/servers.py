@@ -9,7 +9,8 @@ class FileServer:
     """A web server of files in memory.
 
     It answers 503 to the first `num_busy` requests, breaks off the answers to the next
-    `num_broken` in their middle, and knows ranges unless told otherwise.
+    `num_broken` in their middle, and knows ranges unless told otherwise. While `answers` is
+    cleared it answers nothing.
     """
 
     def __init__(self, files, *, num_busy=0, num_broken=0, has_ranges=True):
@@ -18,6 +19,8 @@ class FileServer:
         self.num_broken = num_broken
         self.has_ranges = has_ranges
         self.requests = []  # (path, Range)
+        self.answers = threading.Event()
+        self.answers.set()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -35,6 +38,7 @@ class FileServer:
             return "well"
 
     def close(self):
+        self.answers.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -46,6 +50,7 @@ def _handler(server):
         def do_GET(self):
             path = self.path.split("?")[0].lstrip("/")
             wanted = self.headers.get("Range")
+            server.answers.wait()
             mood = server.mood(path, wanted)
             if mood == "busy":
                 self._answer(503, b"busy")

@@ -8,13 +8,14 @@ status: 0 done, 1 failed, 2 wrong usage. Every command imports what it needs whe
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from cache_builder import __version__
 from cache_builder.cli_caches import convert, merge, subset, verify
 from cache_builder.cli_errors import one_line_errors
+from cache_builder.cli_inspect import inspect
 from cache_builder.cli_options import (
     IMAGES,
     CpusPerWorker,
@@ -352,93 +353,8 @@ def build(
         print_lines(*build_lines(summary, out))
 
 
-for command in (verify, convert, merge, subset):
+for command in (verify, convert, merge, subset, inspect):
     app.command()(command)
-
-
-@app.command()
-def inspect(
-    location: Annotated[
-        str, typer.Argument(help="A codebook, cache, shard or checkpoint.", metavar="PATH")
-    ],
-    images: Annotated[
-        str | None,
-        typer.Option(
-            help="Codebook: measure it on these images; of those that it was fitted to, on the "
-            "ones held out. Cache without images: where they lie now, for --page."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Cache of several tokenizers: the one to show, by the start of its fingerprint; "
-            "default the first. All of them are listed."
-        ),
-    ] = None,
-    page: Annotated[
-        Path | None,
-        typer.Option(help="Of a cache, or a codebook with --images: write a page, .html."),
-    ] = None,
-    max_images: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Codebook: look at so many, default 1,000. Cache: count no more; default all.",
-        ),
-    ] = None,
-    device: Device = "auto",
-    weights: Weights = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a codebook, a cache, a shard or a checkpoint holds, or what a codebook is worth.
-
-    Example: `patchcache inspect cache/ --page cache.html`
-    """
-    from cache_builder import cli_inspect
-
-    path = Path(location)
-    is_cache = "://" in location or path.is_dir()
-    if (is_cache or images is None) and (device != "auto" or weights is not None):
-        raise ConfigError(
-            "--device and --weights are of the model that measures a codebook on --images, and "
-            "here none runs. Leave them out."
-        )
-    if is_cache:
-        cli_inspect.survey(
-            location,
-            tokenizer=tokenizer,
-            images=images,
-            page=page,
-            max_images=max_images,
-            as_json=as_json,
-        )
-        return
-    if tokenizer is not None:
-        raise ConfigError(f"--tokenizer chooses one of a cache's, and {location} is no cache.")
-    if images is not None:
-        from cache_builder.appraisal import AppraisalOptions
-
-        options = AppraisalOptions(path, images, max_images or 1000, device, weights)
-        cli_inspect.appraise(options, page, as_json=as_json)
-        return
-    from cache_builder.console import print_description
-
-    if max_images is not None:
-        raise ConfigError("--max-images bounds a cache, or a codebook's --images.")
-    if page is not None:
-        raise ConfigError("--page shows a cache, or a codebook at work, which needs --images.")
-    if path.suffix == ".pt":
-        from trainer import checkpoint
-
-        description: Any = checkpoint.describe(path)
-    else:
-        from cache_builder import inspection
-
-        description = inspection.describe(path)
-    if as_json:
-        print_json(description)
-    else:
-        print_description(description)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from cache_builder.errors import ConfigError
 from cache_builder.ray_cluster import ClusterOptions, connect
 from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
+from tests.servers import FileServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BIN = Path(sys.executable).parent
@@ -311,14 +312,18 @@ def descendants(pid):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_build_that_is_stopped_says_what_is_kept_and_leaves_nothing_running(
-    tmp_path, codebook_path, number
+    request, tmp_path, codebook_path, number
 ):
-    photos = factories.write_folder(tmp_path / "photos", factories.photo_images(6))
-    waits = photos / "b/005.jpg"  # gives its content never
-    waits.unlink()
-    os.mkfifo(waits)
+    photos = factories.photo_images(5)
+    factories.write_folder(tmp_path, photos)
+    server = FileServer({})  # that takes a question and never answers
+    request.addfinalizer(server.close)
+    server.answers.clear()
+    images = tmp_path / "images.txt"
+    url = server.url.replace("127.0.0.1", "localhost")  # its key comes last
+    images.write_text("\n".join([*photos, f"{url}/5.jpg"]))
     words = [
-        "build", "--images", photos, "--codebook", codebook_path, "--out", tmp_path / "cache",
+        "build", "--images", images, "--codebook", codebook_path, "--out", tmp_path / "cache",
         "--unit-size", "2", "--workers", "1", "--device", "cpu", "--ray-address", "local",
     ]  # fmt: skip
     process = subprocess.Popen(

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import re
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -33,7 +34,7 @@ _ResultT = TypeVar("_ResultT", covariant=True)
 _U = TypeVar("_U")
 _R = TypeVar("_R")
 
-_UNITS_IN_FLIGHT = 2  # per actor, so that none waits for the driver
+_UNITS_IN_FLIGHT = 2  # per actor that works on one, so that none waits for the driver
 _MAX_TRIES = 4  # of one unit, and of starting an actor in one place of the pool
 _LAST_ANSWER_S = 10.0  # for what a dead actor had still sent
 _SECONDS_BETWEEN_WARNINGS = 60.0
@@ -72,6 +73,7 @@ def map_units(
     job: str = "job",
     describe: Callable[[_U], str] = _plain_name,
     count: Callable[[_R], Mapping[str, float]] = _no_counts,
+    at_once: int = 1,
 ) -> Generator[Finished[_R], None, None]:
     """Yield the result of every unit, in the order in which they are done.
 
@@ -84,6 +86,8 @@ def map_units(
         job: Name of the job among the metrics of the cluster.
         describe: Names a unit in messages, and says where to look.
         count: Called in the actor: what a result adds to the metrics of the cluster.
+        at_once: Units that an actor works on at the same time, each in a thread. In this process
+            (no workers) it is one.
 
     Raises:
         PatchCacheError: What a worker raised.
@@ -111,10 +115,17 @@ def map_units(
                     f"{cluster.describe_resources()}."
                 )
         actor_class = cluster.ray.remote(_Actor).options(
-            num_cpus=num_cpus, num_gpus=options.gpus_per_worker, max_restarts=0
+            num_cpus=num_cpus,
+            num_gpus=options.gpus_per_worker,
+            max_restarts=0,
+            max_concurrency=at_once,
         )
         pool: _Pool[_U, _R] = _Pool(
-            cluster, lambda: actor_class.remote(make_worker, job, count), job, describe
+            cluster,
+            lambda: actor_class.remote(make_worker, job, count),
+            job,
+            describe,
+            _UNITS_IN_FLIGHT + at_once - 1,
         )
         with pool:
             yield from pool.run(first, remaining, num_workers)
@@ -165,8 +176,10 @@ class _Pool(Generic[_U, _R]):
         start: Callable[[], Any],
         job: str,
         describe: Callable[[_U], str],
+        units_per_actor: int,
     ) -> None:
         self._cluster = cluster
+        self._units_per_actor = units_per_actor
         self._start = start
         self._describe = describe
         self._places: list[_Place[_U]] = []
@@ -222,7 +235,7 @@ class _Pool(Generic[_U, _R]):
 
     def _hand_out(self, num_workers: int) -> None:
         """Give units to actors that are ready: one to each before any gets a second."""
-        for depth in range(_UNITS_IN_FLIGHT):
+        for depth in range(self._units_per_actor):
             for place in self._places:
                 if not place.is_ready or len(place.in_flight) != depth:
                     continue
@@ -391,7 +404,9 @@ class _Kept(logging.Handler):
         self._messages.append(_Message(record.name, record.levelno, record.getMessage()))
 
     def take(self) -> list[_Message]:
-        taken, self._messages = self._messages, []
+        assert self.lock
+        with self.lock:  # `emit` is called with it
+            taken, self._messages = self._messages, []
         return taken
 
 
@@ -408,6 +423,7 @@ class _Actor:
         self._count = count
         self._node = node_name()
         self._meters = Meters(job, self._node)
+        self._counting = threading.Lock()
         self._kept = _Kept()
         logging.getLogger(_LOGGER).addHandler(self._kept)
         # And into the log of this process, which Ray's dashboard shows.
@@ -431,7 +447,8 @@ class _Actor:
         started_s = time.monotonic()
         result = self._worker.run(unit)
         seconds = time.monotonic() - started_s
-        self._meters.unit_done(seconds, self._count(result))
+        with self._counting:
+            self._meters.unit_done(seconds, self._count(result))
         return _Answer(result, self._node, seconds, self._kept.take())
 
 

@@ -28,7 +28,10 @@ class PacedDevice:
     device = torch.device("cuda")  # by name: nothing is moved there
 
     def __init__(self, tokenizer: PatchTokenizer, lock: str, views_per_s: float) -> None:
-        """Take the identity of a tokenizer, and a file whose lock is the device."""
+        """Take the identity of a tokenizer, and a file whose lock is the device.
+
+        The file gets a line for every batch: `time.time()` when it was done, and its views.
+        """
         self.codebook = tokenizer.codebook
         self.fingerprint = tokenizer.fingerprint
         self.grid = tokenizer.grid
@@ -38,9 +41,10 @@ class PacedDevice:
 
     def features(self, pixels: Tensor) -> Tensor:
         """Keep the device busy as long as B views take; return (B, N, 1) zeros."""
-        with Path(self._lock).open("rb") as file:
+        with Path(self._lock).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             time.sleep(len(pixels) / self._views_per_s)
+            file.write(f"{time.time()} {len(pixels)}\n")
         return torch.zeros(len(pixels), self.grid[0] * self.grid[1], 1, dtype=torch.uint8)
 
     def encode(self, features: Tensor) -> Tensor:
@@ -65,6 +69,6 @@ def build_units(
     task: BuildTask, num_units: int, lock: Path, views_per_s: float, cluster: ClusterOptions
 ) -> Iterator[Any]:
     """Build the units of a plan as `patchcache build` does, on such a device."""
-    lock.touch()
+    lock.write_text("")
     make = partial(PacedWorker, task, str(lock), views_per_s)
     return map_units(make, range(num_units), cluster, at_once=_UNITS_AT_A_GPU)

@@ -9,6 +9,9 @@ through Ray's object store.
 Tries are counted for each unit. The units that a dead actor had are tried again alone, so that
 only the one that kills its actors is charged with their deaths. A unit that has used its tries up
 ends the job, after all the others are done.
+
+Where Ray kills an actor because its node is short of memory, another one in its place would be
+killed too: the pool gets smaller by one, down to one, and the units come back after the others.
 """
 
 import contextlib
@@ -40,6 +43,10 @@ _LAST_ANSWER_S = 10.0  # for what a dead actor had still sent
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _MAX_NAMED = 5
 _LOGGER = "cache_builder"
+_ADVICE_ON_MEMORY = (
+    "The node ran out of memory: run the same command again with fewer --workers or more "
+    "--cpus-per-worker, so that fewer share a node, or on nodes with more memory."
+)
 
 
 class UnitWorker(Protocol[_UnitT, _ResultT]):
@@ -114,6 +121,13 @@ def map_units(
                     f"--gpus-per-worker {options.gpus_per_worker:g} finds no place: Ray sees "
                     f"{cluster.describe_resources()}."
                 )
+        elif not num_places:
+            logger.warning(
+                "no node has room for a worker of %g CPUs and %g GPUs: the cluster has %s. "
+                "Waiting for one that joins; fewer --cpus-per-worker or --gpus-per-worker need "
+                "less.",
+                options.cpus_per_worker, options.gpus_per_worker, cluster.describe_resources(),
+            )  # fmt: skip
         actor_class = cluster.ray.remote(_Actor).options(
             num_cpus=num_cpus,
             num_gpus=options.gpus_per_worker,
@@ -187,6 +201,7 @@ class _Pool(Generic[_U, _R]):
         self._tasks: deque[_Task[_U]] = deque()
         self._remaining: Iterator[_U] = iter(())
         self._fatal: list[tuple[_U, str]] = []  # units that used up their tries, and why
+        self._ran_out_of_memory = False  # one of those
         self._told: set[str] = set()
         self._warned_s = time.monotonic()
         self._meters = Meters(job, node_name())
@@ -273,16 +288,25 @@ class _Pool(Generic[_U, _R]):
     def _failed_start(self, place: _Place[_U], exc: Exception) -> None:
         self._drop(place)
         num_failed = place.num_failed_starts + 1
-        if num_failed < _MAX_TRIES:
+        out_of_memory = self._cluster.is_out_of_memory(exc)
+        if num_failed < _MAX_TRIES and not (out_of_memory and self._places):
             self._add_place(num_failed)
         elif not self._places:
             raise WorkerLostError(
                 f"Ray workers die before they can take work, {num_failed} times in a row: "
-                f"{_reason(exc)} Their logs are in Ray's dashboard and in its logs folder on "
-                "the node; run the same command again when that is mended."
+                f"{_reason(exc)} "
+                + (
+                    _ADVICE_ON_MEMORY
+                    if out_of_memory
+                    else "Their logs are in Ray's dashboard and in its logs folder on the node; "
+                    "run the same command again when that is mended."
+                )
             ) from exc
         else:
-            logger.warning("a worker does not start and is left out: %s", _reason(exc))
+            logger.warning(
+                "a worker does not start and is left out; %d remain: %s",
+                len(self._places), _reason(exc),
+            )  # fmt: skip
 
     def _answered(self, place: _Place[_U], reference: Any) -> list[Finished[_R]]:
         try:
@@ -312,21 +336,28 @@ class _Pool(Generic[_U, _R]):
                     raise
                 unfinished.append(task)
         names = [self._describe(task.unit) for task in unfinished]
+        out_of_memory = self._cluster.is_out_of_memory(exc)
         if len(unfinished) == 1:
             task = unfinished[0]
             task.num_deaths += 1
             if task.num_deaths >= _MAX_TRIES:
                 self._fatal.append((task.unit, _reason(exc)))
+                self._ran_out_of_memory |= out_of_memory
                 unfinished.clear()
             again = f"try {task.num_deaths} of {_MAX_TRIES}"
         else:
             again = "each is done again alone"
+        if out_of_memory and self._places:
+            again += f", later; {len(self._places)} workers remain"
         logger.warning("a worker was lost at %s; %s: %s", " or ".join(names), again, _reason(exc))
         for task in unfinished:
             task.is_suspect = True
-        self._tasks.extendleft(reversed(unfinished))
+        if out_of_memory:
+            self._tasks.extend(unfinished)
+        else:
+            self._tasks.extendleft(reversed(unfinished))
         self._look_ahead(1)
-        if self._tasks:
+        if self._tasks and not (out_of_memory and self._places):
             self._add_place()
         return finished
 
@@ -368,11 +399,15 @@ class _Pool(Generic[_U, _R]):
             for unit, reason in self._fatal[:_MAX_NAMED]
         )
         more = f" and {len(self._fatal) - _MAX_NAMED} more" if len(self._fatal) > _MAX_NAMED else ""
+        advice = (
+            _ADVICE_ON_MEMORY
+            if self._ran_out_of_memory
+            else "If memory ran out, run the same command again with fewer --workers; if a library "
+            "crashed at one of its images, take that image away and build anew."
+        )
         return (
             f"Killed its worker {_MAX_TRIES} times and was given up: {named}{more}. Everything "
-            "else is done and kept. If memory ran out, run the same command again with fewer "
-            "--workers; if a library crashed at one of its images, take that image away and build "
-            "anew."
+            f"else is done and kept. {advice}"
         )
 
 

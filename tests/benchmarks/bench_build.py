@@ -11,6 +11,9 @@ cropper too, so only what is around them differs. With their own, decode and cro
 cost them 6.5 ms per image more at four views, and the usual nearest centroid by a matrix product
 fifteen times the CPU (bench_kmeans.py).
 
+`--only device` puts a device that waits and computes nothing in the place of the tokenizer: see
+`paced_device`. Its rates are set to 0.5 and 1.5 times the decode rate.
+
 CPU time is that of all processes of a command, Ray's included. "Once it runs" leaves out the start:
 it is counted from the moment at which a sixth of the images was done. A command is killed (SIGKILL,
 all of its processes) when half of its images are done.

@@ -49,7 +49,6 @@ class Waits:
             "pid": os.getpid(),
             "package": str(Path(cache_builder.__file__).parent),
             "has_kernels": kernels() is not None,
-            "node_id": ray.get_runtime_context().get_node_id(),
             "gpus": ray.get_runtime_context().get_accelerator_ids()["GPU"],
             "span": (before_s, time.time()),
         }

@@ -1,6 +1,5 @@
 """Commands on a Ray cluster of several raylets do what they do on one machine."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -68,60 +66,6 @@ def cluster():
 @pytest.fixture(scope="module")
 def cluster_address(cluster):
     return cluster.address
-
-
-@pytest.fixture
-def autoscaling_address(tmp_path):
-    """A head of one CPU whose autoscaler, Ray's own, starts up to three raylets of one CPU.
-
-    `ray.cluster_utils.AutoscalingCluster` would end every other Ray of this machine.
-    """
-    address = f"127.0.0.1:{free_port()}"
-    head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
-    other = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3}
-    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray",
-                "worker_start_ray")  # fmt: skip
-    config = {
-        "cluster_name": "test", "max_workers": 3, "upscaling_speed": 10, "idle_timeout_minutes": 5,
-        "auth": {}, "file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [],
-        "rsync_filter": [], "file_mounts_sync_continuously": False,
-        "provider": {
-            "type": "fake_multinode", "gcs_address": address, "launch_multiple": True,
-            "head_node_id": "f" * 51 + "00000", "disable_node_updaters": True,
-        },
-        "available_node_types": {"ray.head.default": head, "other": other},
-        "head_node_type": "ray.head.default",
-        **{f"{name}_commands": [] for name in commands},
-    }  # fmt: skip
-    path = tmp_path / "autoscaler.json"
-    path.write_text(json.dumps(config))
-    sessions = tempfile.mkdtemp(prefix="ray-")  # sockets have short names
-    command = [
-        BIN / "ray", "start", "--head", "--block", "--num-cpus", "1", "--node-ip-address",
-        "127.0.0.1", "--port", address.split(":")[1], "--include-dashboard", "false",
-        "--disable-usage-stats", "--temp-dir", sessions, "--autoscaling-config", path,
-    ]  # fmt: skip
-    settings = {
-        "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "disabled",
-    }  # fmt: skip
-    with (tmp_path / "head.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline_s = time.monotonic() + 60
-        while "Ray runtime started" not in (tmp_path / "head.log").read_text():
-            assert time.monotonic() < deadline_s, (tmp_path / "head.log").read_text()
-            time.sleep(0.2)
-        yield address
-    finally:
-        started = {process.pid, *descendants(process.pid), *members_of_session(process.pid)}
-        for pid in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        wait_for_end(started)
-        shutil.rmtree(sessions, ignore_errors=True)
 
 
 class Job:
@@ -333,21 +277,6 @@ def test_a_unit_that_memory_is_too_small_for_is_given_up_with_what_to_do(cluster
     assert "The node ran out of memory: run the same command again with fewer --workers" in last
 
 
-def test_units_make_an_autoscaler_add_nodes_and_the_nodes_take_units(
-    autoscaling_address, monkeypatch
-):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # as the head is started
-    job = Job(autoscaling_address, num_units=400, seconds=0.2, workers=3)
-    try:
-        job.wait_until(lambda: len({line["node_id"] for line in job.finished}) == 3)
-        job.process.terminate()
-        status, err = job.end()
-    finally:
-        job.process.kill()
-        job.process.wait()
-    assert status == 143, err
-
-
 def metrics_of(cluster):
     """Return the metrics pages of all nodes as one text, which is what Prometheus reads."""
     from ray._raylet import GcsClient
@@ -466,16 +395,6 @@ def descendants(pid):
     except OSError:
         return []
     return [found for child in children for found in (int(child), *descendants(child))]
-
-
-def members_of_session(leader):
-    """Return the processes that a process has started, those without a parent among them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[3]) == leader:
-                found.append(int(path.parent.name))
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])

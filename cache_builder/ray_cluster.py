@@ -116,6 +116,12 @@ class Cluster:
         errors = self.ray.exceptions
         return isinstance(exc, errors.RayError) and not isinstance(exc, errors.RayTaskError)
 
+    def is_out_of_memory(self, exc: BaseException) -> bool:
+        """Say whether Ray killed a process because its node ran out of memory."""
+        # Of a call that waited behind the one that was killed, the text alone says so.
+        is_named = isinstance(exc, self.ray.exceptions.OutOfMemoryError)
+        return is_named or "running low on memory" in str(exc)
+
     def _nodes(self) -> list[dict[str, float]]:
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 

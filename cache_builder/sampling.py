@@ -16,7 +16,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,7 +33,7 @@ from cache_builder.formats.manifest import PlanRow, PlanUnit
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
 from cache_builder.points import PointSet
-from cache_builder.prefetch import read_ahead
+from cache_builder.prefetch import map_ahead, read_ahead
 from cache_builder.ray_jobs import ClusterOptions, map_units
 from cache_builder.sample_store import UnitSample
 from cache_builder.sources import Listing, image_bytes, open_source
@@ -177,6 +177,7 @@ def draw_sample(
         options.device,
         options.dtype,
         options.seed,
+        options.cluster.threads_per_worker,
     )
     finished = map_units(
         worker, missing, options.cluster, job="fit", describe=_unit_name, count=_counts
@@ -216,12 +217,14 @@ class SampleWorker:
         device: str,
         dtype: SampleDtype,
         seed: int,
+        decode_threads: int = 1,
     ) -> None:
         """Load the feature model."""
         self._source = open_source(images)
         self._extractor = load_extractor(spec, rule, choose_device(device))
         self._dtype = np.dtype(np.uint8 if spec.id == "pixel" else dtype)
         self._seed = seed
+        self._threads = decode_threads
 
     def run(self, draw: UnitDraw) -> UnitSample:
         """Return the sampled features of one unit; an image that cannot be decoded is skipped."""
@@ -279,21 +282,42 @@ class SampleWorker:
 
     def _batches(self, unit: PlanUnit) -> Iterator[list[tuple[PlanRow, Tensor]]]:
         """Yield decoded centre squares."""
-        rule = self._extractor.pixel_rule
-        batch = []
-        for row, data in self._source.read(unit):
-            try:
-                pixels = decode(image_bytes(data))
-            except ImageError as exc:
-                logger.warning("left out %s: %s", row.source, exc)
-                continue
-            view = centre_square((int(pixels.shape[-2]), int(pixels.shape[-1])))
-            batch.append((row, apply_view(pixels, view, rule.size, rule.interpolation)))
-            if len(batch) == _IMAGES_PER_BATCH:
-                yield batch
-                batch = []
-        if batch:
+        squares = self._squares(unit)
+        while batch := list(islice(squares, _IMAGES_PER_BATCH)):
             yield batch
+
+    def _squares(self, unit: PlanUnit) -> Iterator[tuple[PlanRow, Tensor]]:
+        pictures = self._source.read(unit)
+        cut: Iterable[tuple[PlanRow, Tensor | ImageError]]
+        if self._threads == 1:
+            cut = map(self._cut, pictures)
+        else:
+            # The threads are the parallelism; threads of torch within them would fight for cores.
+            cut = map_ahead(
+                self._cut,
+                pictures,
+                _IMAGES_PER_BATCH + 2 * self._threads,
+                threads=self._threads,
+                prepare=partial(torch.set_num_threads, 1),
+            )
+        for row, square in cut:
+            if isinstance(square, ImageError):
+                logger.warning("left out %s: %s", row.source, square)
+            else:
+                yield row, square
+
+    def _cut(
+        self, picture: tuple[PlanRow, bytes | ImageError]
+    ) -> tuple[PlanRow, Tensor | ImageError]:
+        """Return the centre square of an image, or why there is none."""
+        row, data = picture
+        rule = self._extractor.pixel_rule
+        try:
+            pixels = decode(image_bytes(data))
+        except ImageError as exc:
+            return row, exc
+        view = centre_square((int(pixels.shape[-2]), int(pixels.shape[-1])))
+        return row, apply_view(pixels, view, rule.size, rule.interpolation)
 
 
 def _smallest_of_each_class(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from cache_builder.build_log import UnitMeter, UnitWork
 from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
+from cache_builder.decoders import Decoders
 from cache_builder.errors import SourceError
 from cache_builder.formats.cache import IMAGE_ALONE, open_unit
 from cache_builder.formats.codebook import Codebook
@@ -24,7 +25,7 @@ from cache_builder.formats.manifest import (
 from cache_builder.sources import Source, open_source
 from cache_builder.stores import open_store
 from cache_builder.tokenizers import PatchTokenizer
-from cache_builder.units import Decoders, Picture, Target, build_unit
+from cache_builder.units import Picture, Target, build_unit
 
 
 class UnitReport(NamedTuple):

@@ -27,13 +27,14 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cache_builder import files, sample_store
+from cache_builder.decoders import Decoders
 from cache_builder.errors import ConfigError, ImageError
 from cache_builder.formats.codebook import ExtractorSpec, PixelRule
 from cache_builder.formats.manifest import PlanRow, PlanUnit
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
 from cache_builder.points import PointSet
-from cache_builder.prefetch import map_ahead, read_ahead
+from cache_builder.prefetch import read_ahead
 from cache_builder.ray_jobs import ClusterOptions, map_units
 from cache_builder.sample_store import UnitSample
 from cache_builder.sources import Listing, image_bytes, open_source
@@ -224,7 +225,7 @@ class SampleWorker:
         self._extractor = load_extractor(spec, rule, choose_device(device))
         self._dtype = np.dtype(np.uint8 if spec.id == "pixel" else dtype)
         self._seed = seed
-        self._threads = decode_threads
+        self._decoders = Decoders(decode_threads) if decode_threads > 1 else None
 
     def run(self, draw: UnitDraw) -> UnitSample:
         """Return the sampled features of one unit; an image that cannot be decoded is skipped."""
@@ -289,17 +290,10 @@ class SampleWorker:
     def _squares(self, unit: PlanUnit) -> Iterator[tuple[PlanRow, Tensor]]:
         pictures = self._source.read(unit)
         cut: Iterable[tuple[PlanRow, Tensor | ImageError]]
-        if self._threads == 1:
+        if self._decoders is None:
             cut = map(self._cut, pictures)
         else:
-            # The threads are the parallelism; threads of torch within them would fight for cores.
-            cut = map_ahead(
-                self._cut,
-                pictures,
-                _IMAGES_PER_BATCH + 2 * self._threads,
-                threads=self._threads,
-                prepare=partial(torch.set_num_threads, 1),
-            )
+            cut = self._decoders.map(self._cut, pictures)
         for row, square in cut:
             if isinstance(square, ImageError):
                 logger.warning("left out %s: %s", row.source, square)

@@ -10,17 +10,16 @@ for the other.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cache_builder.decoders import Decoders
 from cache_builder.errors import ConfigError, ImageError, TokenizerMismatchError
 from cache_builder.formats.manifest import (
     BuildPlan,
@@ -36,7 +35,6 @@ from cache_builder.formats.views import View, draw_views
 from cache_builder.formats.zarr_store import RowWriter
 from cache_builder.image_types import image_extension
 from cache_builder.imaging import apply_view, decode, shrink
-from cache_builder.prefetch import map_ahead
 from cache_builder.sources import image_bytes
 from cache_builder.stores import Store
 from cache_builder.targets import TargetMaker
@@ -44,8 +42,6 @@ from cache_builder.tokenizers import PatchTokenizer
 
 logger = logging.getLogger(__name__)
 
-_S = TypeVar("_S")
-_T = TypeVar("_T")
 
 _IMAGES_PER_BATCH = 16
 
@@ -56,21 +52,6 @@ class Target(NamedTuple):
     store: Store
     plan: BuildPlan
     tokenizer: PatchTokenizer
-
-
-class Decoders:
-    """Threads that decode and crop, for all units that a worker has at hand."""
-
-    def __init__(self, num_threads: int) -> None:
-        """Start none yet."""
-        # The threads are the parallelism; threads of torch within them would fight for cores.
-        set_up = partial(torch.set_num_threads, 1)
-        self._executor = ThreadPoolExecutor(num_threads, "decode", set_up)
-        self._depth = _IMAGES_PER_BATCH + 2 * num_threads
-
-    def map(self, function: Callable[[_S], _T], items: Iterable[_S]) -> Iterator[_T]:
-        """Yield `function(item)` in order, a batch and a little more of them made ahead."""
-        return map_ahead(function, items, self._depth, executor=self._executor)
 
 
 class Picture(NamedTuple):

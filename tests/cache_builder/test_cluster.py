@@ -367,7 +367,8 @@ def test_an_address_that_a_driver_cannot_join_is_refused_by_name(tmp_path, codeb
     assert "pass --ray-address local" in done.stderr
 
 
-def test_a_head_node_that_is_gone_is_one_line():
+@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+def test_a_head_node_that_is_gone_is_one_line(process):
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
@@ -377,8 +378,8 @@ def test_a_head_node_that_is_gone_is_one_line():
     job = Job(address, num_units=1000, patience=3)
     try:
         job.wait_until(lambda: job.finished)
-        for process in cluster.head_node.all_processes["gcs_server"]:
-            os.kill(process.process.pid, signal.SIGKILL)
+        for gone in cluster.head_node.all_processes[process]:
+            os.kill(gone.process.pid, signal.SIGKILL)
         status, err = job.end()
     finally:
         job.process.kill()

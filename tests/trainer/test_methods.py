@@ -6,7 +6,13 @@ import torch
 from tests.trainer.methods import GRID, NUM_PATCHES, VOCAB, draws, make_objective, read_batch
 
 # Settings with which a method runs on the tiny cache of `tiny_cache`.
-SETTINGS = [("beit", {}), ("beit", {"masked_tokens": "drop"})]
+SETTINGS = [
+    ("beit", {}),
+    ("beit", {"masked_tokens": "drop"}),
+    ("mapet", {}),
+    ("mapet", {"mask_kind": "block", "predict_ratio": 0.25}),
+    ("mapet", {"masked_tokens": "drop", "decoder_dim": 16}),
+]
 
 
 @pytest.fixture(params=SETTINGS, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))

@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from trainer.objectives.interface import Method
 
-METHOD_NAMES: Final = ("beit",)
+METHOD_NAMES: Final = ("beit", "mapet")
 
 
 def load_method(name: str) -> Method:

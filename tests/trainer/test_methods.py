@@ -9,9 +9,20 @@ from tests.trainer.methods import GRID, NUM_PATCHES, VOCAB, draws, make_objectiv
 SETTINGS = [
     ("beit", {}),
     ("beit", {"masked_tokens": "drop"}),
+    ("beit", {"aggregation_blocks": 2, "aggregation_layer": 1}),
+    ("beit", {"masked_tokens": "drop", "aggregation_blocks": 1, "aggregation_layer": 1}),
+    ("mcbeit", {}),
+    ("mcbeit", {"masked_tokens": "drop"}),
+    ("mcbeit", {"similarity_weight": 0}),
+    ("dmjd", {}),
+    ("dmjd", {"masked_tokens": "drop"}),
+    ("dmjd", {"mask_kind": "block", "visible_weight": 0}),
     ("mapet", {}),
     ("mapet", {"mask_kind": "block", "predict_ratio": 0.25}),
     ("mapet", {"masked_tokens": "drop", "decoder_dim": 16}),
+    ("ccvit", {}),
+    ("ccvit", {"replace_ratio": 0, "head_layers": 1}),
+    ("ccvit", {"masked_tokens": "drop", "decoder_dim": 16}),
 ]
 
 

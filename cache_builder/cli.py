@@ -23,6 +23,8 @@ from cache_builder.cli_options import (
     Images,
     Json,
     RayAddress,
+    Recipe,
+    TrainingMethod,
     Weights,
     Workers,
     model_args,
@@ -404,10 +406,11 @@ def serve(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe of ours (beit, beit_drop) or a .toml.")],
     cache: Annotated[str, typer.Option(help="A finished cache.")],
+    recipe: Recipe = None,
+    method: TrainingMethod = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE.")
+        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE-METHOD.")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=value; may be given many times.")
@@ -422,8 +425,9 @@ def train(
     from trainer import train as job
     from trainer.config import load_config
 
-    out = out or Path("runs") / Path(recipe).stem
-    summary = job.run(load_config(recipe, assignments or []), cache, out)
+    config = load_config(recipe, assignments or [], method=method)
+    names = [Path(recipe or "").stem, method or ""]
+    summary = job.run(config, cache, out or Path("runs") / "-".join(filter(None, names)))
     if as_json:
         print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
         return

@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -47,6 +48,15 @@ MovedImages = Annotated[
 ]
 CodebookCopy = Annotated[
     str | None, typer.Option("--codebook", help="A copy of the codebook, to repair with.")
+]
+# By name alone: importing the trainer would bring torch along.
+_RECIPES = sorted(path.stem for path in Path(__file__).parents[1].glob("trainer/recipes/*.toml"))
+Recipe = Annotated[
+    str | None, typer.Argument(help=f"One of ours ({', '.join(_RECIPES)}) or a .toml.")
+]
+TrainingMethod = Annotated[
+    str | None,
+    typer.Option("--method", help="With its own recipe, or in place of that of RECIPE."),
 ]
 
 

@@ -4,7 +4,8 @@ DMJD (arXiv:2301.00230), in token form. The second view masks patches that the f
 there are fewer of those than it must mask, all of them and some of the others. Both views have the
 same pixels and the same cached targets and go through the network in one batch of 2 B. Of each, the
 head predicts the ids of masked patches and, from the encoder's own output, a small network those of
-visible ones. With block masks whole squares of 2 x 2 patches are masked together.
+visible ones. With block masks whole squares of 2 x 2 patches are masked together, drawn like single
+ones.
 
 Against DMJD: token ids instead of HOG features, so cross-entropy in both branches instead of L2 and
 smooth L1.
@@ -43,10 +44,10 @@ class Config(HidingConfig, frozen=True, extra="forbid"):
         gt=0,
         lt=1,
         description="share of patches masked in each view; from a half on, the two views together "
-        "mask every patch",
+        "mask every patch; DMJD: 0.6",
     )
     mask_kind: Literal["block", "random"] = Field(
-        "random", description="block: squares of 2 x 2 patches, their number rounded up"
+        "block", description="block: squares of 2 x 2 patches; random: single patches"
     )
     visible_weight: float = Field(
         1.0, ge=0, description="of the visible patches' loss; DMJD: 1; 0: without that branch"
@@ -70,7 +71,7 @@ class DisjointSampler:
         """Take the grid of the cache.
 
         Raises:
-            ConfigError: No patch, or every patch, would be masked; or squares do not fit.
+            ConfigError: Every patch would be masked, or squares do not fill the grid.
         """
         rows, cols = grid
         self._side = _BLOCK_SIDE if config.mask_kind == "block" else 1
@@ -81,14 +82,13 @@ class DisjointSampler:
             )
         self._cells = rows // self._side, cols // self._side
         self._num_cells = self._cells[0] * self._cells[1]
-        share = config.mask_ratio * self._num_cells
-        # Squares are rounded up as in DMJD's code: 30 of 49 at 0.6.
-        self._num_masked_cells = round(share) if self._side == 1 else math.ceil(share)
+        # Rounded up, as in DMJD's code: 30 of 49 squares at 0.6. 0.55 of 20 are 11.
+        self._num_masked_cells = math.ceil(round(config.mask_ratio * self._num_cells, 6))
         self.num_masked = self._num_masked_cells * self._side**2
-        if not 0 < self._num_masked_cells < self._num_cells:
+        if self._num_masked_cells == self._num_cells:
             raise ConfigError(
                 f"objective.mask_ratio {config.mask_ratio:g} masks {self.num_masked} of the "
-                f"{rows * cols} patches of the cache; at least one must be masked and one visible."
+                f"{rows * cols} patches of the cache; at least one must be visible. Lower it."
             )
 
     def draw(self, generator: SampleGenerator) -> tuple[Masks, Masks]:
@@ -130,10 +130,7 @@ class DisjointMasks(nn.Module):
         self.visible_head: nn.Sequential | None = None
         self._visible_weight = config.visible_weight
         if config.visible_weight:
-            self.visible_head = nn.Sequential(
-                nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, vocab_size)
-            )
-            init_linears(self.visible_head)
+            self.visible_head = make_visible_head(dim, self.hiding.width, vocab_size)
 
     def forward(
         self, images: Tensor, targets: Targets, generator: SampleGenerator
@@ -181,6 +178,23 @@ class DisjointMasks(nn.Module):
         predicted = logits[: len(images)].argmax(-1)
         token_ids = targets.token_ids.scatter(1, first.masked_at, predicted)
         return Preview(images, first.hidden, first.hidden, token_ids)
+
+
+def make_visible_head(input_dim: int, width: int, vocab_size: int) -> nn.Sequential:
+    """Return DMJD's three layers, as wide as the decoder, and a linear one to the logits."""
+    head = nn.Sequential(
+        nn.Linear(input_dim, width),
+        nn.LayerNorm(width, eps=1e-6),
+        nn.GELU(),
+        nn.Linear(width, width),
+        nn.LayerNorm(width, eps=1e-6),
+        nn.GELU(),
+        nn.Linear(width, width),
+        nn.LayerNorm(width, eps=1e-6, elementwise_affine=False),
+        nn.Linear(width, vocab_size),
+    )
+    init_linears(head)
+    return head
 
 
 def both(first: Masks, second: Masks) -> Masks:

@@ -231,7 +231,6 @@ class ClassTokenHead(nn.Module):
                 f"objective.aggregation_layer {layer} is not an early block of a ViT of {depth}. "
                 f"Set it to 1 .. {depth - 1}; BEiT v2 takes block 9 of 12 and 21 of 24."
             )
-        self.num_prefix = vit.num_prefix_tokens
         blocks = []
         for i in range(layer, layer + num_blocks):
             block = copy.deepcopy(vit.blocks[min(i, depth - 1)])
@@ -248,10 +247,10 @@ class ClassTokenHead(nn.Module):
         """Return what the blocks make of it, (B, prefix + n, D), before a norm.
 
         Args:
-            last: (B, prefix + n, D), output of the last block.
+            last: (B, prefix + n, D), output of the last block, its class token first.
             early: (B, prefix + n, D), output of the early block.
         """
-        return self.blocks(torch.cat([last[:, : self.num_prefix], early[:, self.num_prefix :]], 1))
+        return self.blocks(torch.cat([last[:, :1], early[:, 1:]], dim=1))
 
 
 def token_loss(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,12 @@ SETTINGS = [
     ("dmjd", {}),
     ("dmjd", {"masked_tokens": "drop"}),
     ("dmjd", {"mask_kind": "block", "visible_weight": 0}),
+    ("mapet", {}),
+    ("mapet", {"mask_kind": "block", "predict_ratio": 0.25}),
+    ("mapet", {"masked_tokens": "drop", "decoder_dim": 16}),
+    ("ccvit", {}),
+    ("ccvit", {"replace_ratio": 0, "head_layers": 1}),
+    ("ccvit", {"masked_tokens": "drop", "decoder_dim": 16}),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from trainer.objectives.interface import Method
 
-METHOD_NAMES: Final = ("beit",)
+METHOD_NAMES: Final = ("beit", "beyond", "dtm")
 
 
 def load_method(name: str) -> Method:

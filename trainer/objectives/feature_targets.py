@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from cache_builder.errors import ConfigError
 from cache_builder.formats import Codebook
-from trainer.objectives.interface import Parts, Targets, require_one_stage, require_payload
+from trainer.objectives.interface import Parts, Targets, require_payload
 
 TargetSource = Literal["centroids", "residual", "features"]
 
@@ -47,9 +47,12 @@ class FeatureTargets(nn.Module):
         manifest, codebook = parts.manifest, parts.codebook
         if source == "features":
             require_payload(manifest, "features", "dtm", "--store-features float16")
-        elif source == "centroids":
-            require_one_stage(manifest, "dtm` with `objective.source=centroids")
-        elif manifest.spec.num_stages == 1:
+        elif source == "centroids" and manifest.spec.num_stages > 1:
+            raise ConfigError(
+                f"The cache holds {manifest.spec.num_stages} token ids per patch, whose centroids "
+                "add up. Set objective.source=residual."
+            )
+        elif source == "residual" and manifest.spec.num_stages == 1:
             raise ConfigError(
                 "objective.source = 'residual' adds up the centroids of several token ids per "
                 "patch; the cache holds one. Set objective.source=centroids."

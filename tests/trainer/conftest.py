@@ -1,9 +1,15 @@
 import pytest
 
-from tests.trainer.caches import make_cache
+from tests.trainer.caches import make_cache, make_residual_cache
 
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory):
     """A cache of 24 pictures of 4 x 4 coloured patches and a codebook of the six colours."""
     return make_cache(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def residual_cache(tmp_path_factory):
+    """A cache of four such pictures with two token ids per patch."""
+    return make_residual_cache(tmp_path_factory.mktemp("residual"))

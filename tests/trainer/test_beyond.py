@@ -139,17 +139,20 @@ def test_what_is_not_shown_of_a_zoomed_picture_makes_a_fifth_of_the_loss(make, t
     torch.testing.assert_close(result["cross_entropy"], nats.mean())
 
 
-def test_with_masks_shown_cells_count_where_their_patch_is_masked(make, tiny_cache):
-    objective = make(mask_ratio=0.5)
-    degraded, masks = objective._draw(*read_batch(tiny_cache, objective)[:1], draws())
+def test_with_masks_shown_cells_count_where_their_patch_is_masked(make):
+    objective = make(mask_ratio=0.25)
+    degraded, masks = objective._draw(noise(16, 3, 32, 32), draws(16))
     weights = objective.weights(degraded, masks)
-    shown = [5, 6, 9, 10]
-    assert (degraded.seen_at >= 0).nonzero()[:, 1].tolist() == shown * 4
+    torch.testing.assert_close(weights.sum(1), torch.ones(16))
+    shown, num_counted = [5, 6, 9, 10], set()
+    assert (degraded.seen_at >= 0).nonzero()[:, 1].tolist() == shown * 16
     for cells, hidden, found in zip(degraded.seen_at[:, shown], masks.hidden, weights, strict=True):
         is_hidden = hidden[cells]
-        expected = is_hidden * 0.8 / is_hidden.sum().clamp(min=1)
-        torch.testing.assert_close(found[shown], expected)
-    assert len(set(map(tuple, weights.gt(0).tolist()))) > 1
+        # Where no shown cell is masked, all of them count.
+        counted = is_hidden if is_hidden.any() else ~is_hidden
+        torch.testing.assert_close(found[shown], counted * 0.8 / counted.sum())
+        num_counted.add((int(counted.sum()), bool(is_hidden.any())))
+    assert {(4, False), (1, True), (2, True)} <= num_counted
 
 
 @pytest.mark.parametrize("degradation", DEGRADATIONS[1:])
@@ -263,6 +266,15 @@ def test_pixels_of_a_zoomed_out_picture_are_compared_on_the_canvas():
 def test_a_grid_too_coarse_to_have_anything_around_the_middle_is_refused(tiny_cache):
     with pytest.raises(ConfigError, match=r"16 of the 16 patches .* Change objective.zoom"):
         make_objective(tiny_cache, "beyond")
+
+
+def test_a_cache_of_several_ids_per_patch_has_pixels_to_predict_but_no_id(residual_cache):
+    with pytest.raises(ConfigError, match=r"2 token ids per patch; method 'beyond' predicts one"):
+        make_objective(residual_cache, "beyond", zoom=2.0)
+    objective = make_objective(residual_cache, "beyond", targets="pixels")
+    result = objective(*read_batch(residual_cache, objective), draws())
+    assert list(result) == ["loss"]
+    assert result["loss"] > 0
 
 
 @pytest.mark.parametrize(

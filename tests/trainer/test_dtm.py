@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import normalize
 
 from cache_builder.errors import ConfigError
-from cache_builder.formats import Codebook, TokenCache
-from cache_builder.formats.codebook import ExtractorSpec, PixelRule
+from cache_builder.formats import TokenCache
 from tests import factories
+from tests.trainer.caches import build_small
 from tests.trainer.methods import draws, make_objective, paint, read_batch
 from trainer.objectives.dtm import draw_schedule, group_means, merge_labels
 from trainer.objectives.feature_targets import principal_directions, standardise
@@ -17,37 +17,12 @@ from trainer.objectives.feature_targets import principal_directions, standardise
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "dtm_morph.npz")
 
 
-@pytest.fixture(scope="module")
-def residual_cache(tmp_path_factory):
-    """A cache of pixels in two stages: six colours at half strength, and what that leaves over."""
-    root = tmp_path_factory.mktemp("residual")
-    colours = factories.COLOURS.astype(np.int16)
-    stages = np.stack([colours // 2, colours - colours // 2])
-    codebook = Codebook(
-        np.repeat(stages, factories.PATCH**2, axis=2),
-        np.ones((2, 6), np.int64),
-        metric="l2",
-        pixel_rule=PixelRule(size=factories.SIZE, patch_size=factories.PATCH),
-        extractor=ExtractorSpec(id="pixel"),
-    )
-    return build(root, codebook, factories.patch_images(4))
-
-
 @pytest.fixture(scope="module", params=["float16", "int8"])
 def feature_cache(tmp_path_factory, request):
     """A cache of 8 x 8 unit vectors of a small network, and their ids."""
     root = tmp_path_factory.mktemp("features")
     codebook = factories.feature_codebook(metric="cosine")
-    return build(root, codebook, factories.photo_images(4), store_features=request.param)
-
-
-def build(root, codebook, images, **settings):
-    codebook.save(root / "codebook.safetensors")
-    factories.build_cache(
-        images=str(factories.write_folder(root / "images", images)),
-        codebook=root / "codebook.safetensors", out=root / "cache", num_views=2, **settings,
-    )  # fmt: skip
-    return root / "cache"
+    return build_small(root, codebook, factories.photo_images(4), store_features=request.param)
 
 
 def codebook_of(cache_path):

@@ -167,6 +167,8 @@ class BeyondMasking(nn.Module):
         """Return what each cell's token id counts, (B, N), every sample adding up to 1."""
         is_shown = degraded.seen_at >= 0
         counted = self._counted(masks).gather(1, degraded.seen_at.clamp(min=0)) & is_shown
+        # By chance, on a small grid, no masked patch shows a cell's centre.
+        counted = torch.where(counted.any(1, keepdim=True), counted, is_shown)
         weights = _shares(counted)
         if self.degrader.kind != "zoomed_in":
             return weights
@@ -217,5 +219,4 @@ class BeyondMasking(nn.Module):
 
 def _shares(counted: Tensor) -> Tensor:
     """Return weights of the patches (B, N) that count, equal and adding up to 1."""
-    # By chance none of a picture's masked patches may show a cell's centre.
-    return counted / counted.sum(1, keepdim=True).clamp(min=1)
+    return counted / counted.sum(1, keepdim=True)

@@ -135,11 +135,11 @@ def _weights(codebook: Codebook) -> Tensor:
 
 def _scaled(codebook: Codebook, weights: Tensor) -> tuple[Tensor, float]:
     """Return centroids (M, K, D) float32 on the targets' scale, and what features are scaled by."""
-    centroids = torch.from_numpy(codebook.centroids).double()
+    centroids = torch.from_numpy(codebook.centroids)
     if codebook.extractor.id != "pixel":
         scale = codebook.dim**0.5 if codebook.metric == "cosine" else 1.0
-        return (centroids * scale).float(), scale
-    centroids = centroids / _PIXEL_MAX
+        return centroids * scale, scale
+    centroids = centroids.double() / _PIXEL_MAX
     share = weights[..., None] / codebook.dim
     means = (centroids * share).sum((1, 2))
     variance = ((centroids - means[:, None, None]).square() * share).sum()

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from cache_builder.formats import Codebook
+from cache_builder.formats.codebook import ExtractorSpec, PixelRule
 from tests import factories
 from trainer.config import parse_config
 
@@ -29,5 +33,29 @@ def make_cache(root: Path, *, num_images=24, layout="webdataset", views=2, **set
     factories.build_cache(
         images=str(images), codebook=codebook, out=root / "cache", num_views=views,
         layout=layout, unit_size=10, **settings,
+    )  # fmt: skip
+    return root / "cache"
+
+
+def make_residual_cache(root: Path) -> Path:
+    """Build a cache of pixels in two stages: six colours at half strength, and what is left."""
+    colours = factories.COLOURS.astype(np.int16)
+    stages = np.stack([colours // 2, colours - colours // 2])
+    codebook = Codebook(
+        np.repeat(stages, factories.PATCH**2, axis=2),
+        np.ones((2, 6), np.int64),
+        metric="l2",
+        pixel_rule=PixelRule(size=factories.SIZE, patch_size=factories.PATCH),
+        extractor=ExtractorSpec(id="pixel"),
+    )
+    return build_small(root, codebook, factories.patch_images(4))
+
+
+def build_small(root: Path, codebook: Codebook, images: dict[str, bytes], **settings) -> Path:
+    """Build a cache of two views of each of a few encoded images."""
+    codebook.save(root / "codebook.safetensors")
+    factories.build_cache(
+        images=str(factories.write_folder(root / "images", images)),
+        codebook=root / "codebook.safetensors", out=root / "cache", num_views=2, **settings,
     )  # fmt: skip
     return root / "cache"

@@ -80,7 +80,8 @@ class MaskSampler:
         self.grid = grid
         self.num_masked = round(config.mask_ratio * num_patches)
         self._kind = config.mask_kind
-        if not 0 < self.num_masked < num_patches:
+        # Methods that can do without masks have 0 among their ratios.
+        if config.mask_ratio > 0 and not 0 < self.num_masked < num_patches:
             raise ConfigError(
                 f"objective.mask_ratio {config.mask_ratio:g} masks {self.num_masked} of the "
                 f"{num_patches} patches of the cache; at least one must be masked and one visible."
@@ -113,8 +114,12 @@ class Hiding(nn.Module):
             self.width = config.decoder_dim or vit.embed_dim
             depth = config.decoder_depth or 1
             self.decoder = Decoder(vit.embed_dim, self.width, depth, num_patches)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
-        init_weight(self.mask_token)
+        if config.mask_ratio > 0:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
+            init_weight(self.mask_token)
+        else:
+            # It is never shown, so nothing would train it.
+            self.register_buffer("mask_token", torch.zeros(1, 1, self.width), persistent=False)
 
     def forward(self, vit: VisionTransformer, patches: Tensor, masks: Masks) -> Tensor:
         """Return the rows of all patches in raster order, (B, N, width).

@@ -34,9 +34,20 @@ NUM_PROBED = 10_000
 MODEL = {"embed_dim": 128, "depth": 4, "num_heads": 4}
 DROP = {"masked_tokens": "drop", "decoder_depth": 1, "decoder_dim": 64}
 
-# What a method is told beside its name, and of which tokens it can be trained.
+MASKED = {"mask_ratio": 0.75, "mask_kind": "random", **DROP}
+BOTH = ("pixel", "mobile")
+
+# The method, what it is told, and of which tokens it can be trained.
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "beit": ("beit", {"mask_ratio": 0.75, "mask_kind": "random", **DROP}, ("pixel", "mobile")),
+    "beit": ("beit", MASKED, BOTH),
+    "beitv2": ("beit", {**MASKED, "aggregation_blocks": 1, "aggregation_layer": 3}, BOTH),
+    "mapet": ("mapet", DROP, BOTH),
+    # It replaces patches by pixels of centroids, and features have none.
+    "ccvit": ("ccvit", {**MASKED, "mask_ratio": 0.65, "replace_ratio": 0.1}, ("pixel",)),
+    "beyond": ("beyond", {**MASKED, "degradation": "zoomed_in"}, BOTH),
+    "dtm": ("dtm", MASKED, BOTH),
+    "mcbeit": ("mcbeit", MASKED, BOTH),
+    "dmjd": ("dmjd", MASKED, BOTH),
 }
 
 
@@ -45,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--work", type=Path, required=True, help="data, caches, runs and results")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
         "--tokens", nargs="+", choices=("pixel", "mobile"), default=["pixel", "mobile"]
@@ -90,7 +101,7 @@ def prepare(work: Path, tokens: list[str]) -> None:
             patchcache(
                 "build", "--images", str(work / "cifar10" / part), "--codebook", str(codebook),
                 "--views", views, "--scale", "0.4,1", "--soft-top-k", "8",
-                "--out", str(work / f"cache-{name}-{part}"),
+                "--workers", "0", "--out", str(work / f"cache-{name}-{part}"),
             )  # fmt: skip
 
 

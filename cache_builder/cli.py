@@ -416,14 +416,19 @@ def train(
 ) -> None:
     """Pre-train a ViT from a cache; the same command continues a run that was stopped.
 
+    On several GPUs: `torchrun --nproc-per-node gpu -m cache_builder train ...`
+
     Example: `patchcache train beit_drop --cache cache/ --out run/ --set run.steps=1000`
     """
     from cache_builder.console import train_lines
+    from trainer import distributed
     from trainer import train as job
     from trainer.config import load_config
 
     out = out or Path("runs") / Path(recipe).stem
     summary = job.run(load_config(recipe, assignments or []), cache, out)
+    if not distributed.is_first_process():
+        return
     if as_json:
         print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
         return

@@ -29,10 +29,13 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
         None,
         gt=0,
         description="images per forward pass on one device; gradients add up to the whole batch; "
-        "none: all of a device's share at once",
+        "none: all of a device's share at once. Stochastic depth alone depends on it",
     )
     num_workers: int = Field(
-        0, ge=0, description="processes that decode; 0 is fastest for pictures of a few kilobytes"
+        0,
+        ge=0,
+        description="processes that decode, of each training process; 0 is fastest for pictures of "
+        "a few kilobytes",
     )
     image_size: int | None = Field(
         None, gt=0, description="side of the model's input, pixels; none: that of the cache's views"
@@ -76,6 +79,11 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     num_heads: int | None = Field(None, gt=0, description="must divide D; none: as the name says")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     layer_scale: float | None = Field(None, gt=0, description="initial LayerScale; none: no scale")
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute the ViT's blocks again in the backward pass instead of keeping what "
+        "they computed: less memory, about a third more time",
+    )
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
@@ -88,6 +96,20 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     eps: float = Field(1e-8, gt=0)
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float | None = Field(3.0, gt=0, description="largest gradient norm; none: no limit")
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="learning rate of a layer against that of the next one; none, as papers "
+        "pre-train: one rate for all",
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay per step of a moving average of the ViT's weights, as in 0.9999; where "
+        "there is one, it is what is probed and exported",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -110,6 +132,14 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is one"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of every block; auto: on CUDA, where it pays"
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="how several processes hold weights and optimizer: each the whole (DDP), or "
+        "each a part (FSDP2), which spares memory for ViT-L and larger",
     )
     log_every: int = Field(50, gt=0, description="steps")
     checkpoint_every: int = Field(1000, gt=0, description="steps; the last step always writes one")

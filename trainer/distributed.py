@@ -102,7 +102,7 @@ def join(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    _init_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), size)
     finally:
@@ -220,6 +220,18 @@ def spread_like(value: Any, model: Tensor) -> Any:
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _init_group(backend: str) -> None:
+    if _number("LOCAL_WORLD_SIZE", 0) != _number("WORLD_SIZE", 1):
+        # Machines count restarts each for itself, so they have no number to agree on.
+        dist.init_process_group(backend)
+        return
+    # torchrun keeps its store over restarts, and torch 2.15 would find the addresses of processes
+    # that are gone in it.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def _number(variable: str, default: int) -> int:

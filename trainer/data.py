@@ -142,16 +142,20 @@ class BatchOrder:
 def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return every sample of a cache once, shuffled: (n, 2), columns shard and row."""
     rng = np.random.default_rng([seed, epoch])
-    shards = rng.permutation(len(shard_sizes))
-    windows = []
-    for start in range(0, len(shards), _WINDOW_SHARDS):
-        window = shards[start : start + _WINDOW_SHARDS]
-        places = [
-            np.stack([np.full(shard_sizes[shard], shard), np.arange(shard_sizes[shard])], axis=1)
-            for shard in window
-        ]
-        windows.append(rng.permutation(np.concatenate(places)))
-    return np.concatenate(windows)
+    sizes = np.asarray(shard_sizes, np.int64)
+    shards = rng.permutation(len(sizes))
+    order = np.empty((sizes.sum(), 2), np.int64)
+    start = 0
+    for first in range(0, len(shards), _WINDOW_SHARDS):
+        window = shards[first : first + _WINDOW_SHARDS]
+        counts = sizes[window]
+        stop = start + counts.sum()
+        shuffled = rng.permutation(stop - start)
+        order[start:stop, 0] = np.repeat(window, counts)[shuffled]
+        begins = np.repeat(np.cumsum(counts) - counts, counts)
+        order[start:stop, 1] = (np.arange(stop - start) - begins)[shuffled]
+        start = stop
+    return order
 
 
 def view_index(key: str, epoch: int, num_views: int) -> int:

@@ -89,7 +89,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def join(device: torch.device) -> Iterator[Ranks]:
-    """Yield the ranks that the environment speaks of; a group that is made here is ended here.
+    """Yield the ranks that the environment speaks of; a group that is made here ends with a run.
 
     A group that exists already, as Ray Train makes one, is used and left alone.
     """
@@ -103,10 +103,9 @@ def join(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _init_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(dist.get_rank(), size)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), size)
+    # Not after an error: others may be waiting for this rank, and torchrun ends them.
+    dist.destroy_process_group()
 
 
 def is_first_process() -> bool:

@@ -7,6 +7,7 @@ share the weights out, is not visible in it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -157,7 +158,17 @@ class Stepper:
 def _recompute_blocks(blocks: nn.Module) -> None:
     """Keep only the input of each block for the backward pass, and compute the rest again."""
     for block in blocks.children():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A function of this file: the compiler passes over frames that are torch's own.
+    @functools.wraps(forward)
+    def recomputed(*arguments: Any, **options: Any) -> Tensor:
+        result: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **options)
+        return result
+
+    return recomputed
 
 
 def _compile_blocks(objective: nn.Module) -> None:

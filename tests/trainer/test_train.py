@@ -18,6 +18,7 @@ from cache_builder.errors import (
     NotFiniteError,
     TokenizerMismatchError,
 )
+from cache_builder.stores import open_store
 from tests import factories
 from tests.trainer.caches import make_cache, tiny_config
 from trainer import checkpoint as checkpoints
@@ -116,6 +117,16 @@ def test_another_number_of_workers_goes_on_with_the_very_next_batch(cache, tmp_p
     train.run(tiny_config(data={"num_workers": 2}), cache, tmp_path / "parts", stop_after=5)
     train.run(tiny_config(), cache, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_cache_on_object_storage_trains_as_the_same_one_on_a_disk(cache, bucket, tmp_path):
+    there = open_store(f"{bucket}/cache")
+    for path in cache.rglob("*"):
+        if path.is_file():
+            there.publish(path.relative_to(cache).as_posix(), path.read_bytes())
+    train.run(tiny_config(), cache, tmp_path / "disk", stop_after=4)
+    train.run(tiny_config(), f"{bucket}/cache", tmp_path / "store", stop_after=4)
+    assert losses(tmp_path / "store") == losses(tmp_path / "disk")
 
 
 def test_sigterm_finishes_the_step_and_writes_a_checkpoint(cache, tmp_path):

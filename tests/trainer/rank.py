@@ -32,6 +32,7 @@ def several(cache, out):
         "run": {"sharding": "fsdp"},
     }
     train.run(tiny_config(**sharded), cache, out / "sharded", stop_after=5)
+    interrupted(cache, out / "terminated", signal.SIGTERM)
     told = {}
     for name, expected, settings in (
         ("uneven", ConfigError, {"data": {"batch_size": 9}}),
@@ -66,29 +67,26 @@ def poison_the_second_rank(build):
     step.build_objective = build_poisoned
 
 
-def interrupted(cache, out, number, at_step):
-    """Train; rank 1 sends itself a signal after a step, the first time it is started."""
-    settings = {**MANNER, "run": {"checkpoint_every": 3, "steps": 12}}
-    take = step.Stepper.take
+def interrupted(cache, out, number):
+    """Train; rank 1 sends itself a signal before step 8, the first time that it gets there."""
+    take, sent = step.Stepper.take, out / "sent"
 
     def take_and_signal(self, at, batch):
-        if os.environ["RANK"] == "1" and at == at_step and not (out / "signalled").exists():
-            (out / "signalled").touch()
+        if dist.get_rank() == 1 and at == 7 and not sent.exists():
+            sent.touch()
             os.kill(os.getpid(), number)
         return take(self, at, batch)
 
     step.Stepper.take = take_and_signal
-    train.run(tiny_config(**settings), cache, out)
+    train.run(tiny_config(**MANNER, run={"checkpoint_every": 3}), cache, out)
+    step.Stepper.take = take
 
 
 if __name__ == "__main__":
     cache, out = map(Path, sys.argv[1:3])
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
-    match sys.argv[3]:
-        case "several":
-            several(cache, out)
-        case "killed":
-            interrupted(cache, out, signal.SIGKILL, 7)
-        case "terminated":
-            interrupted(cache, out, signal.SIGTERM, 7)
+    if sys.argv[3] == "several":
+        several(cache, out)
+    else:
+        interrupted(cache, out, signal.SIGKILL)

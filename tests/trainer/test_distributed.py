@@ -95,13 +95,12 @@ def test_a_process_that_is_killed_is_started_again_and_changes_nothing(alone, ti
     assert_close(alone, tmp_path)
 
 
-def test_sigterm_to_one_process_stops_all_after_the_same_step(alone, tiny_cache, tmp_path):
-    ended = torchrun(tiny_cache, tmp_path, "terminated")
-    assert ended.returncode == 0, ended.stderr
-    assert max(losses(tmp_path)) == 8
-    assert checkpoints.load(tmp_path).header.progress.step == 8
-    train.run(tiny_config(**MANNER), tiny_cache, tmp_path)
-    assert_close(alone, tmp_path)
+def test_sigterm_to_one_process_stops_all_after_the_same_step(alone, two, tiny_cache):
+    out = two / "terminated"
+    assert max(losses(out)) == 8
+    assert checkpoints.load(out).header.progress.step == 8
+    train.run(tiny_config(**MANNER), tiny_cache, out)
+    assert_close(alone, out)
 
 
 def test_the_parts_of_all_ranks_are_the_whole_batch():

@@ -277,6 +277,8 @@ def print_survey(survey: "CacheSurvey", page: Path | None) -> None:
     spec = survey.manifest.spec
     console.print(f"cache        {survey.location}")
     console.print(f"fingerprint  {survey.manifest.fingerprint}")
+    for line in cache_table.tokenizer_lines(survey):
+        console.print(f"tokenizer    {line}", soft_wrap=True)
     console.print(f"counted      {cache_table.surveyed_text(survey)}")
     table = Table(box=None, pad_edge=False)
     table.add_column("measure", style="bold")

@@ -12,8 +12,6 @@ import contextlib
 import logging
 import math
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -31,8 +29,8 @@ from trainer.data import BatchOrder, CachedViews, read_batches
 from trainer.distributed import Ranks
 from trainer.model import VitSpec, pick_device, vit_spec
 from trainer.optim import learning_rate
-from trainer.process import rare_collections, stop_request
 from trainer.run_log import LogRow, RunLog
+from trainer.session import Stopwatch, rare_collections, stop_request
 from trainer.step import State, Stepper
 
 logger = logging.getLogger(__name__)
@@ -195,7 +193,7 @@ class Trainer:
         )
         self.objective.train()
         first_step, log_every = self.step, config.run.log_every
-        watch = _Stopwatch()
+        watch = Stopwatch()
         with (
             self._open_log() as log,
             contextlib.closing(batches),
@@ -278,7 +276,7 @@ class Trainer:
         named = [key for _, part in guilty for key in part]
         raise NotFiniteError(_not_finite_message(step, named, values))
 
-    def _log(self, log: RunLog | None, watch: "_Stopwatch") -> None:
+    def _log(self, log: RunLog | None, watch: Stopwatch) -> None:
         means = {
             name: sum(values[name] for values in self._metrics) / len(self._metrics)
             for name in self._metrics[0]
@@ -330,36 +328,6 @@ class Trainer:
         content = Checkpoint(header, state.model, state.optimizer, state.average)
         checkpoints.save(self._out_dir, content, keep=self.config.run.keep_checkpoints)
         logger.info("wrote %s", self._last_saved)
-
-
-class _Stopwatch:
-    """Time of the run and of each interval, and how much of it was spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._started = self._lap_started = time.perf_counter()
-        self._lap_waited_s = 0.0
-        self.total_waited_s = 0.0
-        self._steps = 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        waited_s = time.perf_counter() - began
-        self._steps += 1
-        self._lap_waited_s += waited_s
-        self.total_waited_s += waited_s
-
-    @property
-    def total_s(self) -> float:
-        return time.perf_counter() - self._started
-
-    def lap(self) -> tuple[float, float, int]:
-        """Return seconds, seconds waited and steps since the last lap."""
-        now = time.perf_counter()
-        lap = (now - self._lap_started, self._lap_waited_s, self._steps)
-        self._lap_started, self._lap_waited_s, self._steps = now, 0.0, 0
-        return lap
 
 
 def _not_finite_message(step: int, keys: list[str], values: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from trainer import checkpoint as checkpoints
 from trainer import train
 from trainer.data import BatchOrder, CachedViews
 from trainer.distributed import Ranks
-from trainer.process import rare_collections
+from trainer.session import rare_collections
 from trainer.step import Stepper
 
 CPU = torch.device("cpu")

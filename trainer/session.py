@@ -1,10 +1,14 @@
-"""What the loop asks of its process: to hear signals late, and to collect garbage rarely."""
+"""What every loop of steps needs: a stopwatch, an ear for those who ask it to leave, and peace.
+
+Garbage is collected rarely, and by all ranks after the same step.
+"""
 
 import contextlib
 import gc
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -12,6 +16,39 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _COLLECT_EVERY = 1000  # steps
+
+
+class Stopwatch:
+    """Time of the run and of each interval, and how much of it was spent waiting for data."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._started = self._lap_started = time.perf_counter()
+        self._lap_waited_s = 0.0
+        self.total_waited_s = 0.0
+        self._steps = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count one step, and the time of the block as waiting for its data."""
+        began = time.perf_counter()
+        yield
+        waited_s = time.perf_counter() - began
+        self._steps += 1
+        self._lap_waited_s += waited_s
+        self.total_waited_s += waited_s
+
+    @property
+    def total_s(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._started
+
+    def lap(self) -> tuple[float, float, int]:
+        """Return seconds, seconds waited and steps since the last lap."""
+        now = time.perf_counter()
+        lap = (now - self._lap_started, self._lap_waited_s, self._steps)
+        self._lap_started, self._lap_waited_s, self._steps = now, 0.0, 0
+        return lap
 
 
 @contextlib.contextmanager

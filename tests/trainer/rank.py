@@ -11,8 +11,12 @@ import torch
 import torch.distributed as dist
 
 from cache_builder.errors import ConfigError, NotFiniteError
+from cache_builder.formats import TokenCache
 from tests.trainer.caches import tiny_config
+from tests.trainer.test_methods import SETTINGS
 from trainer import step, train
+from trainer.data import CachedViews, Pick
+from trainer.distributed import Ranks
 
 # Micro-batches of two: stochastic depth is drawn for each by its place in the batch.
 MANNER = {
@@ -33,6 +37,9 @@ def several(cache, out):
     }
     train.run(tiny_config(**sharded), cache, out / "sharded", stop_after=5)
     interrupted(cache, out / "terminated", signal.SIGTERM)
+    for sharding in ("none", "fsdp"):
+        found = [two_steps(cache, case, run={"sharding": sharding}) for case in SETTINGS]
+        (out / f"methods_{sharding}.json").write_text(json.dumps(found))
     told = {}
     for name, expected, settings in (
         ("uneven", ConfigError, {"data": {"batch_size": 9}}),
@@ -47,6 +54,28 @@ def several(cache, out):
             told[name] = str(exc)
     (out / f"told_{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
+
+
+def two_steps(cache_path, case, **sections):
+    """Return losses and gradient norms of a method's first two steps, over all ranks."""
+    method, settings = case
+    config = tiny_config(objective={"method": method, **settings}, **sections)
+    ranks = Ranks()
+    if dist.is_initialized():
+        ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    with TokenCache.open(cache_path) as cache:
+        cpu = torch.device("cpu")
+        stepper = step.Stepper(config, cache.manifest, cache.codebook, ranks, cpu)
+    dataset = CachedViews(cache_path, image_size=16, payloads=stepper.objective.payloads)
+    share = stepper.share
+    first = ranks.rank * share
+    batch = dataset.read([Pick(0, 0, row) for row in range(first, first + share)])
+    dataset.close()
+    values = []
+    for at in range(2):
+        found = stepper.take(at, batch)
+        values += [ranks.sum(found["loss"]).item(), found["gradient_norm"].item()]
+    return values
 
 
 def poison_the_second_rank(build):

@@ -9,7 +9,8 @@ import torch
 
 from cache_builder.errors import ConfigError
 from tests.trainer.caches import tiny_config
-from tests.trainer.rank import MANNER
+from tests.trainer.rank import MANNER, two_steps
+from tests.trainer.test_methods import SETTINGS
 from trainer import checkpoint as checkpoints
 from trainer import train
 from trainer.data import BatchOrder
@@ -72,6 +73,13 @@ def test_a_sharded_run_goes_on_in_one_process_that_holds_everything(alone, two, 
     assert len(losses(two / "sharded")) == 5
     train.run(tiny_config(**MANNER), tiny_cache, two / "sharded")
     assert_close(alone, two / "sharded")
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_every_method_has_the_losses_and_gradients_of_one_process(two, tiny_cache, sharding):
+    found = json.loads((two / f"methods_{sharding}.json").read_text())
+    for case, values in zip(SETTINGS, found, strict=True):
+        assert values == pytest.approx(two_steps(tiny_cache, case), rel=1e-4), case
 
 
 def test_a_loss_that_is_no_number_names_the_samples_of_its_rank_on_every_rank(two):

@@ -114,6 +114,20 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     log_every: int = Field(50, gt=0, description="steps")
     checkpoint_every: int = Field(1000, gt=0, description="steps; the last step always writes one")
     keep_checkpoints: int = Field(2, gt=0, description="older ones are removed")
+    picture_every: int = Field(
+        0,
+        ge=0,
+        description="steps between pictures of input, mask, targets and predictions; 0: none",
+    )
+    peak_flops: float | None = Field(
+        None,
+        gt=0,
+        description="operations per second of one device, for MFU; none: as its data sheet says, "
+        "where the device is known",
+    )
+    wandb_project: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases to log to; none: do not"
+    )
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid"):

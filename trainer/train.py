@@ -24,14 +24,15 @@ from cache_builder import files
 from cache_builder.errors import ConfigError, NotFiniteError
 from cache_builder.formats import CacheManifest, Codebook, TokenCache
 from trainer import checkpoint as checkpoints
-from trainer import pixels
+from trainer import flops
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
 from trainer.config import TrainConfig
 from trainer.data import Batch, BatchOrder, CachedViews, read_batches
-from trainer.draws import SampleGenerator, derived_seed
+from trainer.draws import derived_seed
 from trainer.model import VitSpec, build_objective, pick_device, uses_bf16, vit_spec
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.run_log import LogRow, RunLog
+from trainer.viewer import Viewer, step_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.objective = build_objective(config, manifest, codebook).to(self.device)
         self._optimizer = build_optimizer(self.objective, config.optim)
+        self._viewer = Viewer(self.objective, config, codebook, manifest.grid, out_dir, self.device)
+        self._utilisation: flops.Utilisation | None = None
         self.step = 0  # done
         self._losses: tuple[float, float] | None = None  # first and last
         self._last_saved: Path | None = None
@@ -168,7 +171,12 @@ class Trainer:
         first_step, log_every = self.step, config.run.log_every
         watch = _Stopwatch()
         with (
-            RunLog(self._out_dir, resumed_step=self.step) as log,
+            RunLog(
+                self._out_dir,
+                resumed_step=self.step,
+                wandb_project=config.run.wandb_project,
+                settings=config.model_dump(mode="json"),
+            ) as log,
             contextlib.closing(batches),
             contextlib.closing(dataset),
             _stop_request() as stop,
@@ -176,6 +184,8 @@ class Trainer:
             while self.step < last_step:
                 with watch.waiting():
                     batch = next(batches)
+                if self.step == first_step:
+                    self._utilisation = self._viewer.utilisation(batch, self.step)
                 self._take_step(batch)
                 leaving = self.step == last_step or stop.is_set()
                 is_row_due = self.step in (1, config.run.steps) or self.step % log_every == 0
@@ -184,6 +194,8 @@ class Trainer:
                     self._check()
                 if is_row_due:
                     self._log(log, watch)
+                if self._viewer.is_picture_due(self.step):
+                    self._viewer.draw(log, batch, self.step)
                 if is_save_due:
                     self._save()
                 if leaving:
@@ -225,15 +237,8 @@ class Trainer:
 
     def _add_gradients(self, batch: Batch, first: int) -> dict[str, torch.Tensor]:
         """Add a micro-batch's share to the gradients; return its share of loss and metrics."""
-        config = self.config
-        generator = SampleGenerator(
-            config.run.seed, self.step, first=first, count=len(batch.keys), device=self.device
-        )
-        share = len(batch.keys) / config.data.batch_size
-        targets = batch.targets(self.device)
-        images = targets.clean
-        if config.data.color_jitter:
-            images = pixels.jitter_colour(images, config.data.color_jitter, generator)
+        images, targets, generator = step_inputs(batch, self.config, self.step, self.device, first)
+        share = len(batch.keys) / self.config.data.batch_size
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16):
             result = self.objective(images, targets, generator)
         (result["loss"] * share).backward()
@@ -265,13 +270,15 @@ class Trainer:
         assert self._losses is not None
         self._losses = self._losses[0], means["loss"]
         elapsed_s, waited_s, num_steps = watch.lap()
+        images_per_s = num_steps * self.config.data.batch_size / elapsed_s
         row = LogRow(
             step=self.step,
             epoch=(self.step - 1) // self._order.steps_per_epoch,
             metrics=means,
             learning_rate=learning_rate(self.step - 1, self.config),
-            images_per_s=num_steps * self.config.data.batch_size / elapsed_s,
+            images_per_s=images_per_s,
             data_wait=waited_s / elapsed_s,
+            mfu=None if self._utilisation is None else self._utilisation.mfu(images_per_s),
         )
         self._metrics.clear()
         log.write(row, remaining_s=(self.config.run.steps - self.step) * elapsed_s / num_steps)

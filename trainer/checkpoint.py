@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints to resume from, and the ViT for timm.
+"""What a run leaves behind: checkpoints to resume from.
 
 A checkpoint is one file, `OUT/checkpoints/step_00000200.pt`, published whole. It holds the weights,
 the optimizer's state and a header in JSON. No state of random generators or of the data order is
@@ -15,7 +15,6 @@ import zipfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import safetensors.torch
 import torch
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 from timm.models.vision_transformer import VisionTransformer
@@ -29,7 +28,6 @@ from trainer.config import TrainConfig, differences, parse_config
 from trainer.model import VitSpec, build_vit
 
 FORMAT_VERSION = 1
-EXPORT_METADATA_KEY = "patchcache"
 
 # Settings that say how long, how often and where, and nothing about what is learned at a step.
 FREE_ON_RESUME: Final = frozenset(
@@ -120,10 +118,19 @@ class Checkpoint(NamedTuple):
         """
         return parse_config(self.header.config)
 
+    @property
+    def vit_state(self) -> dict[str, Any]:
+        """The trained weights of the ViT, by timm's names."""
+        return {
+            name.removeprefix(_VIT_PREFIX): tensor
+            for name, tensor in self.model.items()
+            if name.startswith(_VIT_PREFIX)
+        }
+
     def build_vit(self) -> VisionTransformer:
         """Return the ViT with its trained weights."""
         vit = build_vit(self.header.vit_spec)
-        vit.load_state_dict(_vit_state(self.model))
+        vit.load_state_dict(self.vit_state)
         return vit
 
 
@@ -194,8 +201,8 @@ def load(path: str | Path) -> Checkpoint:
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Return what a person asks of a checkpoint, as plain values."""
-    header, model, _ = load(path)
-    vit = _vit_state(model)
+    loaded = load(path)
+    header, vit = loaded.header, loaded.vit_state
     return {
         "step": header.progress.step,
         "steps": header.config["run"]["steps"],  # type: ignore[index, call-overload]
@@ -241,53 +248,6 @@ def check_resume(
             f"{path} was trained with other settings: {listed}. "
             "Go back to those, or start a new run with another --out."
         )
-
-
-def export(checkpoint: str | Path, out: str | Path) -> str:
-    """Write the ViT of a checkpoint as timm's state dict, in one `.safetensors` file.
-
-    The same checkpoint gives the same bytes. The metadata entry `patchcache` holds, in JSON, the
-    model and its arguments, the tokenizer's fingerprint, the step, and the mean and std of the
-    input.
-
-    Args:
-        checkpoint: The file, or the directory of a run, whose newest checkpoint is meant.
-        out: The file to write, replaced if it exists.
-
-    Returns:
-        The Python expression that loads it: `timm.create_model(...)`.
-
-    Raises:
-        ArtifactError: The checkpoint is missing or damaged.
-        ConfigError: `out` does not end in `.safetensors`.
-    """
-    out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out} must end in .safetensors: timm knows the format by it.")
-    loaded = load(checkpoint)
-    header, data = loaded.header, loaded.config.data
-    metadata = {
-        "model": header.model_name,
-        "arguments": header.model_arguments,
-        "fingerprint": header.cache.fingerprint,
-        "step": header.progress.step,
-        "mean": data.mean,
-        "std": data.std,
-    }
-    state = {name: tensor.contiguous() for name, tensor in _vit_state(loaded.model).items()}
-    text = files.canonical_json(metadata).decode()
-    files.publish(out, safetensors.torch.save(state, metadata={EXPORT_METADATA_KEY: text}))
-    arguments = {**header.model_arguments, "checkpoint_path": str(out)}
-    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"timm.create_model({header.model_name!r}, {listed})"
-
-
-def _vit_state(model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name.removeprefix(_VIT_PREFIX): tensor
-        for name, tensor in model.items()
-        if name.startswith(_VIT_PREFIX)
-    }
 
 
 def _what_now(path: Path) -> str:

@@ -72,7 +72,7 @@ def training_flops(module: nn.Module, forward: Callable[[], object], num_images:
     # Fused attention kernels are opaque to the counter; the plain one is two matrix products.
     with undisturbed(module), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as found:
         forward()
-    return 3.0 * found.get_total_flops() / num_images
+    return 3.0 * float(found.get_total_flops()) / num_images
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def draw_preview(
     guessed = torch.where(_enlarge(_to_grid(is_predicted, grid), size) > 0.5, guessed, faded)
     columns = (_enlarge(images, size), shown, _enlarge(colours.draw(first), size), guessed)
     hits = ((preview.token_ids == first) & is_predicted).sum(1).tolist()
-    notes = [
+    notes: list[tuple[str, ...]] = [
         (
             "",
             f"{hid} of {first.shape[1]} patches hidden",

@@ -6,6 +6,7 @@ and so does transformers through its `timm_wrapper`. The input rule that goes wi
 probe: the largest centred square, resized.
 """
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,15 @@ def _write_folder(backbone: Backbone, description: dict[str, Any], out: Path) ->
             model_args=dict(backbone.arguments),
             safe_serialization=True,
         )
+        _leave_out_second_count(Path(made) / "config.json")
         # The config is what makes the folder a model, so it comes last.
         for path in sorted(Path(made).iterdir(), key=lambda path: path.suffix == ".json"):
             files.publish(out / path.name, path.read_bytes())
     return f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
+
+
+def _leave_out_second_count(config_path: Path) -> None:
+    """Keep the number of classes at the top alone: transformers passes that itself."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -403,8 +403,8 @@ def serve(
     service.run(codebook, host=host, port=port, device=device, weights=weights)
 
 
-for command in (train, probe, finetune, export):
-    app.command()(command)
+for training_command in (train, probe, finetune, export):
+    app.command()(training_command)
 
 
 def main() -> None:

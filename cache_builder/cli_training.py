@@ -114,10 +114,9 @@ def finetune(
 
     Example: `patchcache finetune small --model run/ --data photos/ --out tuned/`
     """
-    from trainer.finetune_config import load_finetune_config
-
     from cache_builder.console import finetune_lines
     from trainer import finetune as job
+    from trainer.finetune_config import load_finetune_config
 
     out = out or Path("runs") / Path(recipe).stem
     config = load_finetune_config(recipe, assignments or [])

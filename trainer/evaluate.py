@@ -184,7 +184,7 @@ def knn_accuracy(
         # Subtracting the largest cosine scales all votes of a query alike and cannot overflow.
         weights = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = (weights[..., None] * classes[nearest]).sum(1)
-        named.append(_five_best(votes))
+        named.append(five_best(votes))
     return accuracy_of(torch.cat(named), test.labels)
 
 
@@ -200,7 +200,7 @@ def linear_accuracy(train: Part, test: Part, num_classes: int) -> Accuracy:
 
     def accuracy(fit: Part, score: Part, weight_decay: float) -> Accuracy:
         weight, bias = fit_logistic(fit, num_classes, weight_decay)
-        return accuracy_of(_five_best(score.features @ weight + bias), score.labels)
+        return accuracy_of(five_best(score.features @ weight + bias), score.labels)
 
     best = max(WEIGHT_DECAYS, key=lambda decay: accuracy(fitted, tuned, decay).top1)
     return accuracy(train, test, best)
@@ -244,36 +244,41 @@ def accuracy_of(named: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(_share(right[:, 0]), _share(right.any(1)))
 
 
-class _CentreSquares:
-    """Reads labelled images as batches of their largest centred squares."""
+class CentreSquares:
+    """Reads labelled images as batches of centred squares."""
 
-    def __init__(self, images: LabelledImages, size: int) -> None:
+    def __init__(self, images: LabelledImages, size: int, share: float = 1.0) -> None:
+        """Take the side in pixels, and which share of the largest square it stands for."""
         self._images = images
         self._size = size
+        self._share = share
 
-    def __getitems__(self, places: Sequence[Place]) -> "_Squares | PatchCacheError":
+    def __getitems__(self, places: Sequence[Place]) -> "Squares | PatchCacheError":
+        """Return the batch at these places, or an error that a user can mend."""
         try:
             return self._read(places)
         except PatchCacheError as exc:
             return exc
 
-    def _read(self, places: Sequence[Place]) -> "_Squares":
+    def _read(self, places: Sequence[Place]) -> "Squares":
         pixels, labels, keys, refused = [], [], [], []
         for sample in self._images.read(places):
             if sample.label is None:
                 continue
             try:
-                pixels.append(centre_pixels(image_bytes(sample.image), self._size))
+                pixels.append(centre_pixels(image_bytes(sample.image), self._size, self._share))
             except ImageError as exc:
                 refused.append(f"{sample.key}: {exc}")
                 continue
             labels.append(sample.label)
             keys.append(sample.key)
         stacked = torch.stack(pixels) if pixels else None
-        return _Squares(stacked, torch.tensor(labels, dtype=torch.int64), keys, refused)
+        return Squares(stacked, torch.tensor(labels, dtype=torch.int64), keys, refused)
 
 
-class _Squares(NamedTuple):
+class Squares(NamedTuple):
+    """Labelled images that could be decoded."""
+
     pixels: Tensor | None  # (B, 3, S, S) uint8; None without any
     labels: Tensor  # (B,)
     keys: list[str]
@@ -295,7 +300,7 @@ def _read(
     is_test: list[bool] = []
     refused: list[str] = []
     normalise_input = Normalise(backbone.mean, backbone.std).to(device)
-    dataset = _CentreSquares(images, backbone.image_size)
+    dataset = CentreSquares(images, backbone.image_size)
     for batch in load_ahead(dataset, blocks, num_workers=num_workers, device=device):
         refused += batch.refused
         if batch.pixels is None:
@@ -342,7 +347,7 @@ def _standardise(train: Part, test: Part) -> tuple[Part, Part]:
     return tuple(part._replace(features=(part.features - mean) / std) for part in (train, test))  # type: ignore[return-value]
 
 
-def _five_best(scores: Tensor) -> Tensor:
+def five_best(scores: Tensor) -> Tensor:
     """Return the classes of the highest scores, (n, C) to (n, 5); equal ones in their order."""
     return scores.argsort(dim=1, descending=True, stable=True)[:, :5]
 

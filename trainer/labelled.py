@@ -5,7 +5,6 @@ are the same where their names are; places without names agree on the numbers. I
 label, and images that cannot be decoded, are left out and counted in a warning, never in silence.
 """
 
-import hashlib
 import logging
 import multiprocessing
 import signal
@@ -22,6 +21,7 @@ from cache_builder import imaging
 from cache_builder.errors import ConfigError, ImageError, PatchCacheError, SourceError
 from cache_builder.formats import TokenCache
 from cache_builder.formats.cache import IMAGE_ALONE
+from cache_builder.formats.columns import NO_LABEL
 from cache_builder.formats.manifest import MANIFEST_NAME, PLAN_NAME, PlanRow, PlanUnit
 from cache_builder.formats.views import centre_square
 from cache_builder.sources import ImageJoin, open_source
@@ -59,6 +59,9 @@ class LabelledImages(Protocol):
 
     def places(self) -> list[Place]:
         """Return where every image lies, in order."""
+
+    def labels(self) -> list[int | None]:
+        """Return the class of every image, in the order of `places`."""
 
     def read(self, places: Sequence[Place]) -> Iterator[Labelled]:
         """Yield images in the order of their places."""
@@ -137,14 +140,6 @@ def centre_pixels(image: bytes, size: int, share: float = 1.0) -> Tensor:
     return imaging.apply_view(picture, square, size)
 
 
-def samples_digest(items: Iterable[tuple[str, int]]) -> str:
-    """Return the SHA-256 of keys and labels."""
-    digest = hashlib.sha256()
-    for key, label in items:
-        digest.update(f"{label} {key}\n".encode())
-    return digest.hexdigest()
-
-
 def load_ahead(
     dataset: Any, batches: Iterable[Any], *, num_workers: int, device: torch.device
 ) -> Generator[Any]:
@@ -153,7 +148,10 @@ def load_ahead(
     What it returns goes into pinned memory for a CUDA device; a `PatchCacheError` that it returns
     is raised here, because torch would hide its message in the traceback of a worker.
     """
-    context = multiprocessing.get_context("forkserver") if num_workers else None
+    context = None
+    if num_workers > 0:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["trainer.evaluate", "trainer.finetune_data"])
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -190,6 +188,11 @@ class _CacheImages:
             for unit in range(len(cache.manifest.shards))
             for row, key in enumerate(cache.shard(unit).keys)
         ]
+
+    def labels(self) -> list[int | None]:
+        units = range(len(self._cache.manifest.shards))
+        found = (label for unit in units for label in self._cache.columns(unit).labels.tolist())
+        return [None if label == NO_LABEL else label for label in found]
 
     def read(self, places: Sequence[Place]) -> Iterator[Labelled]:
         for place in places:
@@ -249,6 +252,9 @@ class _SourceImages:
             for number, unit in enumerate(self._units)
             for index, row in enumerate(unit.rows)
         ]
+
+    def labels(self) -> list[int | None]:
+        return [label for unit in self._units for _, _, label, _, _ in unit.rows]
 
     def read(self, places: Sequence[Place]) -> Iterator[Labelled]:
         for number, group in groupby(places, key=lambda place: place.unit):

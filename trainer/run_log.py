@@ -26,7 +26,10 @@ LOG_NAME = "log.jsonl"
 WANDB_ID_NAME = "wandb_id"
 
 _LARGEST_EXPONENT = 700.0  # of what a float holds
-_SHOWN = (("loss", "loss", ".4g"), ("accuracy", "acc", ".3f"), ("perplexity", "ppl", ".4g"))
+_SHOWN = (
+    ("loss", "loss", ".4g"), ("accuracy", "acc", ".3f"), ("perplexity", "ppl", ".4g"),
+    ("top1", "top1", ".3f"), ("top5", "top5", ".3f"),
+)  # fmt: skip
 
 
 class LogRow(NamedTuple):

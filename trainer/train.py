@@ -10,13 +10,8 @@ checkpoint is written before that check.
 import contextlib
 import logging
 import math
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -32,6 +27,7 @@ from trainer.draws import derived_seed
 from trainer.model import VitSpec, build_objective, pick_device, uses_bf16, vit_spec
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.run_log import LogRow, RunLog
+from trainer.session import Stopwatch, stop_request
 from trainer.viewer import Viewer, step_inputs
 
 logger = logging.getLogger(__name__)
@@ -169,7 +165,7 @@ class Trainer:
         )
         self.objective.train()
         first_step, log_every = self.step, config.run.log_every
-        watch = _Stopwatch()
+        watch = Stopwatch()
         with (
             RunLog(
                 self._out_dir,
@@ -179,7 +175,7 @@ class Trainer:
             ) as log,
             contextlib.closing(batches),
             contextlib.closing(dataset),
-            _stop_request() as stop,
+            stop_request() as stop,
         ):
             while self.step < last_step:
                 with watch.waiting():
@@ -262,7 +258,7 @@ class Trainer:
         if self._losses is None:
             self._losses = self._metrics[0]["loss"], self._metrics[0]["loss"]
 
-    def _log(self, log: RunLog, watch: "_Stopwatch") -> None:
+    def _log(self, log: RunLog, watch: "Stopwatch") -> None:
         means = {
             name: sum(values[name] for values in self._metrics) / len(self._metrics)
             for name in self._metrics[0]
@@ -302,62 +298,6 @@ class Trainer:
         keep = self.config.run.keep_checkpoints
         self._last_saved = checkpoints.save(self._out_dir, content, keep=keep)
         logger.info("wrote %s", self._last_saved)
-
-
-class _Stopwatch:
-    """Time of the run and of each interval, and how much of it was spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._started = self._lap_started = time.perf_counter()
-        self._lap_waited_s = 0.0
-        self.total_waited_s = 0.0
-        self._steps = 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        waited_s = time.perf_counter() - began
-        self._steps += 1
-        self._lap_waited_s += waited_s
-        self.total_waited_s += waited_s
-
-    @property
-    def total_s(self) -> float:
-        return time.perf_counter() - self._started
-
-    def lap(self) -> tuple[float, float, int]:
-        """Return seconds, seconds waited and steps since the last lap."""
-        now = time.perf_counter()
-        lap = (now - self._lap_started, self._lap_waited_s, self._steps)
-        self._lap_started, self._lap_waited_s, self._steps = now, 0.0, 0
-        return lap
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set; the second signal acts as it did before."""
-    stop = threading.Event()
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        previous.clear()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        logger.info("%s: leaving after this step", signal.Signals(number).name)
-        stop.set()
-        restore()
-
-    # Python allows handlers in the main thread only; elsewhere nobody can ask.
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _not_finite_message(step: int, keys: list[str], values: dict[str, float]) -> str:

@@ -109,7 +109,7 @@ def test_a_description_names_model_cache_and_loss(trained):
 
 def test_five_guesses_are_the_five_highest_scores():
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.2, 0.3, 0.4, 0.0]] * 3)
-    named = evaluate._five_best(scores)
+    named = evaluate.five_best(scores)
     assert named.tolist() == [[1, 2, 5, 4, 3]] * 3
     assert evaluate.accuracy_of(named, torch.tensor([1, 3, 0])) == pytest.approx((1 / 3, 2 / 3))
 

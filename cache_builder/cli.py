@@ -373,9 +373,13 @@ def inspect(
     if page is not None:
         raise ConfigError("--page shows a cache, or a codebook at work, which needs --images.")
     if path.suffix == ".pt":
-        from trainer import checkpoint
+        from trainer import checkpoint, finetune_checkpoint
 
-        description: Any = checkpoint.describe(path)
+        description: Any = (
+            finetune_checkpoint.describe(path)
+            if finetune_checkpoint.is_finetuned(path)
+            else checkpoint.describe(path)
+        )
     else:
         from cache_builder import inspection
 

@@ -28,6 +28,7 @@ from cache_builder.errors import ConfigError, NotFiniteError
 from trainer import finetune_checkpoint as checkpoints
 from trainer import pixels, settings
 from trainer.backbones import Backbone, load_backbone
+from trainer.checkpoint import latest as latest_of_training
 from trainer.draws import derived_seed
 from trainer.evaluate import CentreSquares, accuracy_of, five_best
 from trainer.finetune_checkpoint import Finetuned, Header, Progress
@@ -92,8 +93,14 @@ def run(
             settings differ from those resumed.
         NotFiniteError: The loss is no longer a number.
     """
+    out_dir = Path(out_dir)
+    if (trained := latest_of_training(out_dir)) is not None:
+        raise ConfigError(
+            f"{out_dir} holds a run of pre-training ({trained.name}), whose log would be lost. "
+            "Pass another --out."
+        )
     split = open_split(data, test_data, images)
-    tuner = Finetuner(config, load_backbone(model).without_classifier(), split, Path(out_dir))
+    tuner = Finetuner(config, load_backbone(model).without_classifier(), split, out_dir)
     return tuner.train(stop_after)
 
 

@@ -81,6 +81,23 @@ def latest(out_dir: Path) -> Path | None:
     return max((out_dir / _FOLDER).glob(_PATTERN), default=None)
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """Return what a person asks of a checkpoint, as plain values."""
+    loaded = load(path)
+    header = loaded.header
+    return {
+        "step": header.progress.step,
+        "best_top1": header.progress.best_top1,
+        "model": header.model_name,
+        "model_arguments": header.model_arguments,
+        "begun_with": header.provenance,
+        "num_classes": len(loaded.model["head.bias"]),
+        "has_moving_average": loaded.ema is not None,
+        "config": header.config,
+        "format_version": header.format_version,
+    }
+
+
 def is_finetuned(path: Path) -> bool:
     """Say whether a file, or what lies in a directory, is a checkpoint of fine-tuning."""
     return latest(path) is not None if path.is_dir() else path.match(_PATTERN)

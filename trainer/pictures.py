@@ -30,7 +30,7 @@ _COLUMNS: Final = ("input", "given to the encoder", "target tokens", "predicted 
 _SMALLEST_TILE = 168  # pixels; titles need as much
 _GAP, _BAR, _LINE = 8, 30, 20
 _PAPER, _INK, _FAINT = (250, 250, 248), (30, 30, 30), (110, 110, 110)
-_HIDDEN = 0.62  # shade of what is hidden
+_HATCH, _HATCH_PERIOD = (0.62, 0.72), 10  # shades of the stripes on what is hidden; pixels
 _FADED = 0.25  # share that is left of tokens that were not predicted
 _POWER_STEPS = 30
 _TAIL = 0.01  # share of centroids that may be cut off at either end of the scale of colours
@@ -96,7 +96,8 @@ def draw_preview(
 
     hidden = _to_grid(preview.hidden, grid)
     shown = _enlarge(preview.shown.float(), size)
-    shown = torch.where(_enlarge(hidden, size) > 0.5, torch.full_like(shown, _HIDDEN), shown)
+    # A plain grey would be taken for a part of a grey picture.
+    shown = torch.where(_enlarge(hidden, size) > 0.5, _stripes(size), shown)
     is_predicted = preview.predicted
     ids = torch.where(is_predicted, preview.token_ids, first)
     guessed = _enlarge(colours.draw(ids), size)
@@ -144,6 +145,12 @@ def _sheet(
             image.paste(Image.fromarray(pixels), (left, top))
             draw.text((left, top + size + 3), notes[row][column], _FAINT, small)
     return np.asarray(image)
+
+
+def _stripes(size: int) -> Tensor:
+    """Return diagonal stripes, (size, size)."""
+    diagonal = torch.arange(size)[:, None] + torch.arange(size)
+    return torch.tensor(_HATCH)[diagonal // (_HATCH_PERIOD // 2) % 2]
 
 
 def _to_grid(flags: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -177,6 +178,35 @@ def test_another_model_or_other_images_or_settings_are_refused_on_resume(places,
     ).checkpoint
     with pytest.raises(ConfigError, match="begun_with was"):
         finetune.run(tiny(), other, images, out)
+
+
+def test_the_directory_of_a_pre_training_is_refused(places, tmp_path):
+    images, model = places
+    with pytest.raises(ConfigError, match=r"holds a run of pre-training.*another --out"):
+        finetune.run(tiny(), model, images, model.parent.parent)
+
+
+def test_the_command_line_fine_tunes_probes_inspects_and_exports(places, tmp_path, patchcache):
+    images, model = places
+    settings = ["data.batch_size=16", "run.epochs=2", "run.device=cpu"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    out = tmp_path / "tuned"
+    done = patchcache("finetune", "small", "--model", model, "--data", images, "--out", out, *words)
+    assert done.status == 0, done.err
+    assert "accuracy     top 1" in done.out
+    again = patchcache(
+        "finetune", "small", "--model", model, "--data", images, "--out", out, *words, "--json"
+    )
+    result = json.loads(again.out)
+    assert result["finished"]
+    assert f"top 1 {result['top1']:.1%}" in done.out
+    described = json.loads(patchcache("inspect", result["checkpoint"], "--json").out)
+    assert (described["step"], described["num_classes"]) == (result["steps"], 2)
+    probed = patchcache("probe", out, "--data", images, "--json")
+    assert json.loads(probed.out)["num_classes"] == 2
+    exported = patchcache("export", out, "--out", tmp_path / "hub", "--layout", "huggingface")
+    assert f"local-dir:{tmp_path / 'hub'}" in exported.out
+    assert (tmp_path / "hub" / "config.json").is_file()
 
 
 def test_a_damaged_checkpoint_is_named_with_the_way_out(places, tmp_path):

@@ -47,6 +47,8 @@ from cache_builder.sources import Listing, open_source
 from cache_builder.stores import Store, absolute_location, open_store
 from cache_builder.targets import feature_spec, soft_spec
 
+_UNITS_AT_A_GPU = 2  # see `units`
+
 
 class BuildOptions(NamedTuple):
     """What a user may say about a build."""
@@ -148,6 +150,7 @@ def build_targets(
         job="build",
         describe=partial(_unit_name, store),
         count=_counts,
+        at_once=_UNITS_AT_A_GPU if cluster.gpus_per_worker else 1,
     )
     with (
         build_log.recording(task.cache, _num_views(store, task.names)) as log,

@@ -1,11 +1,13 @@
 """What a worker of a build does: unit after unit, each at most once."""
 
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 from cache_builder.build_log import UnitMeter, UnitWork
 from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
+from cache_builder.decoders import Decoders
 from cache_builder.errors import SourceError
 from cache_builder.formats.cache import IMAGE_ALONE, open_unit
 from cache_builder.formats.codebook import Codebook
@@ -58,7 +60,7 @@ class BuildTask(NamedTuple):
 
 
 class BuildWorker:
-    """Builds units, in a process of its own."""
+    """Builds units, in a process of its own; several at once, where threads call it."""
 
     def __init__(self, task: BuildTask) -> None:
         """Open the cache; tokenizers are loaded when the first unit needs them."""
@@ -68,15 +70,22 @@ class BuildWorker:
             name: layer_store(self._store, name) if name else self._store for name in task.names
         }
         self._targets: dict[str, Target] = {}
+        self._loading = threading.RLock()
+        self._turn = threading.Lock()  # on the device: one batch at a time
 
     def run(self, unit: int) -> UnitReport:
         """Build what is missing of one unit; what is there and undamaged is kept."""
         found = {name: take_unit(store, unit) for name, store in self._stores.items()}
         missing = [name for name, there in found.items() if there is None]
         summaries = {name: there for name, there in found.items() if there is not None}
+        work = None
         if missing:
-            for name, record in zip(missing, self._build(unit, missing), strict=True):
+            targets = [self._target(name) for name in missing]
+            meter = UnitMeter(str(targets[0].tokenizer.device))
+            records = self._build(unit, missing, targets, meter)
+            for name, record in zip(missing, records, strict=True):
                 summaries[name] = commit_unit(self._stores[name], record)
+            work = meter.work()
         first = summaries[self._task.names[0]]
         return UnitReport(
             unit=unit,
@@ -87,12 +96,14 @@ class BuildWorker:
             bytes=sum(summary.shard.bytes for summary in summaries.values()),
             was_there=not missing,
             summaries=tuple(summaries[name] for name in self._task.names),
-            work=self._meter.work() if missing else None,
+            work=work,
         )
 
-    def _build(self, unit: int, names: list[str]) -> list[UnitRecord]:
-        targets = [self._target(name) for name in names]
-        self._meter = UnitMeter(str(targets[0].tokenizer.device))
+    def _build(
+        self, unit: int, names: list[str], targets: list[Target], meter: UnitMeter
+    ) -> list[UnitRecord]:
+        with self._loading:
+            decoders = self._decoders
         plan = read_model(PlanUnit, self._store, plan_unit_name(unit))
         spec = self._base.spec
         if "" in names:
@@ -101,17 +112,19 @@ class BuildWorker:
             return build_unit(
                 targets,
                 unit,
-                self._meter.count(pictures),
+                meter.count(pictures),
                 shrink_to=(spec.resized_short_side, spec.jpeg_quality) if resized else None,
-                decode_threads=self._task.decode_threads,
+                decoders=decoders,
+                turn=self._turn,
             )
         base = read_model(UnitRecord, self._store, unit_record_name(unit))
         return build_unit(
             targets,
             unit,
-            self._meter.count(self._cached(plan, base.skipped)),
+            meter.count(self._cached(plan, base.skipped)),
             skipped=base.skipped,
-            decode_threads=self._task.decode_threads,
+            decoders=decoders,
+            turn=self._turn,
         )
 
     def _cached(self, plan: PlanUnit, skipped: tuple[SkippedSample, ...]) -> Iterator[Picture]:
@@ -144,14 +157,26 @@ class BuildWorker:
     def _base(self) -> BuildPlan:
         return read_model(BuildPlan, self._store, PLAN_NAME)
 
+    @cached_property
+    def _decoders(self) -> Decoders | None:
+        num_threads = self._task.decode_threads
+        device = self._target(self._task.names[0]).tokenizer.device
+        if num_threads == 1 and device.type == "cpu":
+            return None  # the tokenizer takes the only core; a thread beside it gains nothing
+        return Decoders(num_threads)
+
     def _target(self, name: str) -> Target:
-        if name not in self._targets:
-            store = self._stores[name]
-            codebook = Codebook.from_bytes(store.read(CODEBOOK_NAME), store.where(CODEBOOK_NAME))
-            weights = None if codebook.extractor.id == "pixel" else self._task.weights
-            self._targets[name] = Target(
-                store,
-                read_model(BuildPlan, store, PLAN_NAME),
-                PatchTokenizer.load(codebook, self._task.device, weights),
-            )
-        return self._targets[name]
+        with self._loading:
+            if name not in self._targets:
+                self._targets[name] = self._load(name)
+            return self._targets[name]
+
+    def _load(self, name: str) -> Target:
+        store = self._stores[name]
+        codebook = Codebook.from_bytes(store.read(CODEBOOK_NAME), store.where(CODEBOOK_NAME))
+        weights = None if codebook.extractor.id == "pixel" else self._task.weights
+        return Target(
+            store,
+            read_model(BuildPlan, store, PLAN_NAME),
+            PatchTokenizer.load(codebook, self._task.device, weights),
+        )

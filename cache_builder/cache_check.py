@@ -159,6 +159,17 @@ class CacheCheck:
         whole = [digest for digest in digests if digest is not None]
         return sha256_bytes("".join(whole).encode()) if len(whole) == len(digests) else None
 
+    def num_rows(self) -> list[int] | None:
+        """Return the number of images of every unit, skipped ones counted, if it is known."""
+        found = []
+        for unit in range(self.base.num_units):
+            summary = self._summary(self.base, unit)
+            shard = summary.shard if summary else self._claim(unit).get("")
+            if shard is None:
+                return None
+            found.append(shard.num_samples + shard.num_skipped)
+        return found
+
     def stray_files(self) -> Iterator[str]:
         """Yield the names of files that nothing names."""
         known = {LOCK_NAME}

@@ -22,6 +22,7 @@ from cache_builder.cache_table import (
     class_name,
     facts,
     surveyed_text,
+    tokenizer_lines,
     warnings,
 )
 from cache_builder.errors import ConfigError, ImageError, PatchCacheError, SourceError
@@ -94,6 +95,7 @@ def write(
         _builds_section(survey),
         _skipped_section(survey),
         f'<p class="muted">Fingerprint <code>{survey.manifest.fingerprint}</code></p>',
+        "".join(f'<p class="muted">Tokenizer {line}</p>' for line in tokenizer_lines(survey)),
     ]
     name = survey.location.rstrip("/").rpartition("/")[2]
     files.publish(path, pages.document(f"Cache {name}", lead, sections).encode())

@@ -66,7 +66,8 @@ class CacheSurvey(NamedTuple):
     """A cache, counted."""
 
     location: str
-    manifest: CacheManifest
+    manifest: CacheManifest  # of the tokenizer that was counted
+    tokenizers: dict[str, int]  # views of every tokenizer of the cache, by its fingerprint
     num_images: int  # that were looked at, in whole shards
     num_shards: int
     counts: NDArray[np.int64]  # (M, K), how often each id occurs
@@ -123,6 +124,7 @@ def run(
     return CacheSurvey(
         location=location,
         manifest=cache.manifest,
+        tokenizers=CacheManifest.load(cache.store).tokenizers,
         num_images=num_seen,
         num_shards=len(shards),
         counts=sums.counts,

@@ -1,7 +1,7 @@
 """A surveyed cache in words and numbers: for JSON, the terminal and the page."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,10 @@ def survey_result(survey: CacheSurvey) -> dict[str, JsonValue]:
     return {
         "kind": "cache",
         "fingerprint": manifest.fingerprint,
+        "tokenizers": [
+            {"fingerprint": fingerprint, "num_views": num_views}
+            for fingerprint, num_views in survey.tokenizers.items()
+        ],
         "layout": spec.layout,
         "num_samples": manifest.num_samples,
         "num_skipped": manifest.num_skipped,
@@ -96,6 +100,21 @@ def facts(survey: CacheSurvey) -> list[Measure]:
         *_payload_facts(survey),
         *_label_facts(survey),
         *_build_facts(survey),
+    ]
+
+
+def tokenizer_lines(survey: CacheSurvey) -> list[str]:
+    """Return the tokenizers of a cache that has several, and what shows the others."""
+    if len(survey.tokenizers) == 1:
+        return []
+    return [
+        f"{fingerprint}, {num_views:,} views: "
+        + (
+            "the one counted here"
+            if fingerprint == survey.manifest.fingerprint
+            else f"--tokenizer {_shortest(fingerprint, survey.tokenizers)} counts it"
+        )
+        for fingerprint, num_views in survey.tokenizers.items()
     ]
 
 
@@ -379,6 +398,15 @@ def _stage_result(counts: NDArray[np.int64]) -> dict[str, JsonValue]:
         **idle(counts)._asdict(),
         "histogram": [line._asdict() for line in histogram(counts)],
     }
+
+
+def _shortest(fingerprint: str, every: Iterable[str]) -> str:
+    """Return as much of a fingerprint as names no other one, eight digits or more."""
+    others = [other for other in every if other != fingerprint]
+    length = 8
+    while any(other.startswith(fingerprint[:length]) for other in others):
+        length += 1
+    return fingerprint[:length]
 
 
 def _num_classes(survey: CacheSurvey) -> int:

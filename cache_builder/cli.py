@@ -8,13 +8,14 @@ status: 0 done, 1 failed, 2 wrong usage. Every command imports what it needs whe
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from cache_builder import __version__
 from cache_builder.cli_caches import convert, merge, subset, verify
 from cache_builder.cli_errors import one_line_errors
+from cache_builder.cli_inspect import inspect
 from cache_builder.cli_options import (
     IMAGES,
     CpusPerWorker,
@@ -76,7 +77,10 @@ def fit(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of centroids.")] = 8192,
     features: Annotated[
         str,
-        typer.Option(help="pixel, open_clip:MODEL[@PRETRAINED|PATH] or timm:MODEL[@PATH]."),
+        typer.Option(
+            help="What a patch is described by: pixel, its raw pixels; or a model's features, "
+            "open_clip:MODEL[@PRETRAINED|PATH] or timm:MODEL[@PATH]."
+        ),
     ] = "pixel",
     image_size: Annotated[
         int | None,
@@ -98,17 +102,22 @@ def fit(
     mean: Annotated[str | None, typer.Option(help="R,G,B in [0, 1]; default the model's.")] = None,
     std: Annotated[str | None, typer.Option(help="R,G,B in [0, 1]; default the model's.")] = None,
     weights: Annotated[
-        Literal["pretrained", "random"], typer.Option(help="`random` needs an explicit --seed.")
+        Literal["pretrained", "random"],
+        typer.Option(help="Of the model of --features; `random` needs an explicit --seed."),
     ] = "pretrained",
     metric: Annotated[Literal["l2", "cosine"], typer.Option(help="Distance of features.")] = "l2",
     stages: Annotated[
-        int, typer.Option(min=1, help="Codes per patch: each quantises what is left over.")
+        int,
+        typer.Option(
+            min=1, help="Token ids per patch: each quantises what the ones before left over."
+        ),
     ] = 1,
     sample: Annotated[
         str | None, typer.Option(help="Patches to fit to, or all; default 256 per centroid.")
     ] = None,
     images_per_class: Annotated[
-        int | None, typer.Option(min=1, help="Sample so many images of each class, whole.")
+        int | None,
+        typer.Option(min=1, help="Sample so many images of each class, all their patches."),
     ] = None,
     patches_per_image: Annotated[
         int | None, typer.Option(min=1, help="Sample so many patches of an image; default 16.")
@@ -202,33 +211,56 @@ def build(
     images: Annotated[str | None, IMAGES] = None,
     codebook: Annotated[
         list[str] | None,
-        typer.Option(help="What `patchcache fit` wrote; several are made from one decode."),
+        typer.Option(
+            help="What `patchcache fit` wrote. May be given many times: the cache then holds the "
+            "targets of each, made from one decode."
+        ),
     ] = None,
     extend: Annotated[
         bool,
-        typer.Option("--extend", help="Give a finished cache more --views or further --codebook."),
+        typer.Option(
+            "--extend",
+            help="Add to the finished cache at --out: more --views, a further --codebook. Its "
+            "images are read from it; --images says where those lie that it does not hold.",
+        ),
     ] = False,
     views: Annotated[
         int | None,
-        typer.Option(min=1, help="Crops per image; default 1, which is centred, or as before."),
+        typer.Option(
+            min=1,
+            help="Crops stored per image, the first of them centred; default 1. With --extend how "
+            "many there are to be; default as many as there are.",
+        ),
     ] = None,
-    scale: Annotated[str, typer.Option(help="LOW,HIGH share of the picture in a crop.")] = "0.2,1",
-    ratio: Annotated[str, typer.Option(help="LOW,HIGH width / height of a crop.")] = "3/4,4/3",
-    hflip: Annotated[float, typer.Option(min=0, max=1, help="Share of mirrored crops.")] = 0.5,
+    scale: Annotated[
+        str, typer.Option(help="LOW,HIGH share of the picture in a random crop.")
+    ] = "0.2,1",
+    ratio: Annotated[
+        str, typer.Option(help="LOW,HIGH width / height of a random crop.")
+    ] = "3/4,4/3",
+    hflip: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the random crops that is mirrored.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the crops.")] = 0,
     layout: Annotated[
         Literal["webdataset", "zarr"], typer.Option(help="Tars or one Zarr group.")
     ] = "webdataset",
     images_in_cache: Annotated[
         Literal["original", "resized", "none"],
-        typer.Option(help="The source's bytes, re-encoded smaller ones, or none."),
+        typer.Option(
+            help="The source's bytes; the same but for large pictures, which become smaller "
+            "JPEGs; or none, to be read from where they lie."
+        ),
     ] = "original",
     resized_short_side: Annotated[
         int, typer.Option(min=1, help="Of `resized` images, pixels.")
     ] = 256,
     jpeg_quality: Annotated[int, typer.Option(min=1, max=100, help="Of `resized` images.")] = 92,
     unit_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per shard; default 64 to 1,024.")
+        int | None,
+        typer.Option(
+            min=1, help="Images per shard; default 64 to 1,024. Not of tars: each is one shard."
+        ),
     ] = None,
     soft_top_k: Annotated[
         int | None,
@@ -236,7 +268,10 @@ def build(
     ] = None,
     soft_temperature: Annotated[
         float | None,
-        typer.Option(help="Of those, in mean squared distances of the fit; default 0.05."),
+        typer.Option(
+            help="Of the probabilities of --soft-top-k, in mean squared distances of the fit; "
+            "default 0.05."
+        ),
     ] = None,
     store_features: Annotated[
         Literal["float16", "int8"] | None,
@@ -319,75 +354,8 @@ def build(
         print_lines(*build_lines(summary, out))
 
 
-for command in (verify, convert, merge, subset):
+for command in (verify, convert, merge, subset, inspect):
     app.command()(command)
-
-
-@app.command()
-def inspect(
-    location: Annotated[
-        str, typer.Argument(help="A codebook, cache, shard or checkpoint.", metavar="PATH")
-    ],
-    images: Annotated[
-        str | None,
-        typer.Option(
-            help="Codebook: measure it on these images, or on what the fit held out. Cache without "
-            "images: where they lie now, for --page."
-        ),
-    ] = None,
-    page: Annotated[
-        Path | None,
-        typer.Option(help="Of a cache, or a codebook with --images: write a page, .html."),
-    ] = None,
-    max_images: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Codebook: look at so many, default 1,000. Cache: count no more; default all.",
-        ),
-    ] = None,
-    device: Device = "auto",
-    weights: Weights = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a codebook, a cache, a shard or a checkpoint holds, or what a codebook is worth.
-
-    Example: `patchcache inspect cache/ --page cache.html`
-    """
-    from cache_builder import cli_inspect
-
-    path = Path(location)
-    if "://" in location or path.is_dir():
-        cli_inspect.survey(
-            location, images=images, page=page, max_images=max_images, as_json=as_json
-        )
-        return
-    if images is not None:
-        from cache_builder.appraisal import AppraisalOptions
-
-        options = AppraisalOptions(path, images, max_images or 1000, device, weights)
-        cli_inspect.appraise(options, page, as_json=as_json)
-        return
-    from cache_builder.console import print_description
-
-    if page is not None:
-        raise ConfigError("--page shows a cache, or a codebook at work, which needs --images.")
-    if path.suffix == ".pt":
-        from trainer import checkpoint, finetune_checkpoint
-
-        description: Any = (
-            finetune_checkpoint.describe(path)
-            if finetune_checkpoint.is_finetuned(path)
-            else checkpoint.describe(path)
-        )
-    else:
-        from cache_builder import inspection
-
-        description = inspection.describe(path)
-    if as_json:
-        print_json(description)
-    else:
-        print_description(description)
 
 
 @app.command()

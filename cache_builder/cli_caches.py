@@ -34,10 +34,15 @@ def verify(
     cache: Annotated[
         str, typer.Argument(help="A finished cache: a directory, s3://, gs:// or az://.")
     ],
-    retokenize: Annotated[int, typer.Option(min=0, help="Images to tokenise again.")] = 0,
+    retokenize: Annotated[
+        int, typer.Option(min=0, help="Tokenise so many images again; none.")
+    ] = 0,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Which one tokenises again: start of its fingerprint; default all."),
+        typer.Option(
+            help="Which one tokenises again, by the start of its fingerprint, which `patchcache "
+            "inspect` lists; default all."
+        ),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Make again what is damaged, and nothing else.")
@@ -88,7 +93,7 @@ def convert(
     images_in_cache: Annotated[
         Literal["none"] | None,
         typer.Option(
-            help="Leave the images out, to be read from where they lie; by default they stay."
+            help="none leaves the images out, to be read from where they lie; by default they stay."
         ),
     ] = None,
     ray_address: RayAddress = None,
@@ -120,7 +125,10 @@ def convert(
 def merge(
     caches: Annotated[list[str], typer.Argument(help="Finished caches, two or more.")],
     out: Out,
-    layout: Layouts = None,
+    layout: Annotated[
+        Literal["webdataset", "zarr"] | None,
+        typer.Option(help="Tars or one Zarr group; by default that of the first cache."),
+    ] = None,
     unit_size: Annotated[
         int | None,
         typer.Option(min=1, help="Images per shard; by default the shards stay as they are."),
@@ -129,7 +137,7 @@ def merge(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Write several caches of one tokenizer into one; classes are united by name.
+    """Write several caches of the same tokenizers and views into one; classes are united by name.
 
     Example: `patchcache merge train/ more/ --out all/`
     """

@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,7 +16,10 @@ IMAGES = typer.Option(
     "URLs (.txt). On this machine, or behind s3://, gs://, https:// or any fsspec URL."
 )
 Images = Annotated[str, IMAGES]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option(help="What the model runs on: cpu, cuda, cuda:N, or auto, a GPU if there is one."),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(
@@ -33,20 +37,41 @@ Workers = Annotated[
     ),
 ]
 CpusPerWorker = Annotated[
-    float, typer.Option(min=0, help="CPUs of each actor, for decoding beside the tokenizer.")
+    float,
+    typer.Option(min=0, help="CPUs of each actor, above 0; as many of its threads decode images."),
 ]
 GpusPerWorker = Annotated[
-    float, typer.Option(min=0, help="GPUs of each actor; with 0.25 four share one.")
+    float,
+    typer.Option(
+        min=0,
+        help="GPUs that Ray sets aside for each actor; with 0.25 four share one. 0 sets none "
+        "aside, and --device alone says whether one is used.",
+    ),
 ]
 Weights = Annotated[
     str | None,
     typer.Option(help="Weights file of the feature model, if it is not where the codebook says."),
 ]
 MovedImages = Annotated[
-    str | None, typer.Option("--images", help="Where the images lie now, if they have moved.")
+    str | None,
+    typer.Option(
+        "--images",
+        help="Where the images lie now, or the caches that were merged into this one, if they have "
+        "moved. To repair, and to tokenise images again that are not in the cache.",
+    ),
 ]
 CodebookCopy = Annotated[
-    str | None, typer.Option("--codebook", help="A copy of the codebook, to repair with.")
+    str | None,
+    typer.Option("--codebook", help="A copy of the codebook, to repair the one in the cache."),
+]
+# By name alone: importing the trainer would bring torch along.
+_RECIPES = sorted(path.stem for path in Path(__file__).parents[1].glob("trainer/recipes/*.toml"))
+Recipe = Annotated[
+    str | None, typer.Argument(help=f"One of ours ({', '.join(_RECIPES)}) or a .toml.")
+]
+TrainingMethod = Annotated[
+    str | None,
+    typer.Option("--method", help="With its own recipe, or in place of that of RECIPE."),
 ]
 
 

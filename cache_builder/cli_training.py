@@ -5,10 +5,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from cache_builder.cli_options import Device, Json, print_json, print_lines
+from cache_builder.cli_options import (
+    Device,
+    Json,
+    Recipe,
+    TrainingMethod,
+    print_json,
+    print_lines,
+)
 
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", help="a.b=value; may be given many times.")
+    list[str] | None,
+    typer.Option("--set", help="A setting of the recipe, a.b=value; may be given many times."),
 ]
 Model = Annotated[
     str,
@@ -28,10 +36,11 @@ Decoders = Annotated[int, typer.Option(min=0, help="Processes that decode.")]
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe of ours (beit, beit_drop) or a .toml.")],
     cache: Annotated[str, typer.Option(help="A finished cache.")],
+    recipe: Recipe = None,
+    method: TrainingMethod = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE.")
+        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE-METHOD.")
     ] = None,
     assignments: Assignments = None,
     as_json: Json = False,
@@ -44,8 +53,9 @@ def train(
     from trainer import train as job
     from trainer.config import load_config
 
-    out = out or Path("runs") / Path(recipe).stem
-    summary = job.run(load_config(recipe, assignments or []), cache, out)
+    config = load_config(recipe, assignments or [], method=method)
+    names = [Path(recipe or "").stem, method or ""]
+    summary = job.run(config, cache, out or Path("runs") / "-".join(filter(None, names)))
     if as_json:
         print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
         return

@@ -12,8 +12,6 @@ from cache_builder.measures import size_text
 from cache_builder.stores import join_location
 
 if TYPE_CHECKING:
-    from trainer.finetune import FinetuneSummary
-
     from cache_builder.appraisal import Appraisal
     from cache_builder.build import BuildSummary
     from cache_builder.cache_survey import CacheSurvey
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from cache_builder.transform import TransformSummary
     from cache_builder.verify import VerifyReport
     from trainer.evaluate import ProbeResult
+    from trainer.finetune import FinetuneSummary
     from trainer.train import TrainSummary
 
 _TOP = 5  # of fewer classes, top 5 says nothing
@@ -305,6 +304,8 @@ def print_survey(survey: "CacheSurvey", page: Path | None) -> None:
     spec = survey.manifest.spec
     console.print(f"cache        {survey.location}")
     console.print(f"fingerprint  {survey.manifest.fingerprint}")
+    for line in cache_table.tokenizer_lines(survey):
+        console.print(f"tokenizer    {line}", soft_wrap=True)
     console.print(f"counted      {cache_table.surveyed_text(survey)}")
     table = Table(box=None, pad_edge=False)
     table.add_column("measure", style="bold")

@@ -14,9 +14,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import obstore
 from obstore import exceptions
@@ -25,6 +25,9 @@ from obstore.store import from_url
 from cache_builder import files
 from cache_builder.errors import StorageError
 from cache_builder.stores import LOCK_NAME, Measure, in_use
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +239,7 @@ class ObjectReader:
 class _Seen(NamedTuple):
     """A lease that was looked at."""
 
-    tag: str
+    tag: "UpdateVersion"
     holder: str
     is_ours: bool
 
@@ -249,7 +252,7 @@ class _Lease:
         self._holder = holder
         self._token = uuid.uuid4().hex
         self._count = 0
-        self._tag = ""
+        self._tag: UpdateVersion = {}  # of what we have written; empty if it is not there any more
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -266,7 +269,7 @@ class _Lease:
                 if other is not None:
                     return other
             else:
-                self._tag = str(written["e_tag"])
+                self._tag = _tag(written)
             self._thread.start()
             return None
 
@@ -290,11 +293,11 @@ class _Lease:
             if seen.tag != tag:
                 return seen.holder
         try:
-            written = obstore.put(self._store, LOCK_NAME, self._text(), mode={"e_tag": tag})
+            written = obstore.put(self._store, LOCK_NAME, self._text(), mode=tag)
         except exceptions.PreconditionError:
             seen = self._look()
             return None if seen.is_ours else seen.holder
-        self._tag = str(written["e_tag"])
+        self._tag = _tag(written)
         return None
 
     def _look(self) -> "_Seen":
@@ -303,23 +306,21 @@ class _Lease:
         A write whose answer is lost is repeated and then refused: what is there is our own.
         """
         found = obstore.get(self._store, LOCK_NAME)
-        tag = str(found.meta["e_tag"])
+        tag = _tag(found.meta)
         try:
             beat = json.loads(bytes(found.bytes()))
             holder, token = str(beat["holder"]), str(beat["token"])
         except (ValueError, KeyError, TypeError):
             holder, token = "another patchcache", ""
         is_ours = token == self._token
-        self._tag = tag if is_ours else ""
+        self._tag = tag if is_ours else {}
         return _Seen(tag, holder, is_ours)
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT_S):
             try:
-                written = obstore.put(
-                    self._store, LOCK_NAME, self._text(), mode={"e_tag": self._tag}
-                )
-                self._tag = str(written["e_tag"])
+                written = obstore.put(self._store, LOCK_NAME, self._text(), mode=self._tag)
+                self._tag = _tag(written)
             except (exceptions.PreconditionError, FileNotFoundError):
                 if self._is_lost():
                     # Two drivers at work waste work and harm nothing: they write the same bytes.
@@ -332,7 +333,7 @@ class _Lease:
         try:
             return not self._look().is_ours
         except FileNotFoundError:
-            self._tag = ""
+            self._tag = {}
             return True
         except exceptions.BaseError:
             return False  # the next beat tells
@@ -341,6 +342,14 @@ class _Lease:
         self._count += 1
         beat = {"holder": self._holder, "token": self._token, "beat": self._count}
         return json.dumps(beat).encode()
+
+
+def _tag(written: Mapping[str, Any]) -> "UpdateVersion":
+    """Return what names one state of an object: to S3 and Azure the ETag, to Google the version."""
+    tag: UpdateVersion = {"e_tag": str(written["e_tag"])}
+    if written["version"] is not None:
+        tag["version"] = str(written["version"])
+    return tag
 
 
 def _connect(url: str) -> Any:

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 _S = TypeVar("_S")
@@ -61,8 +61,7 @@ def map_ahead(
     items: Iterable[_S],
     depth: int,
     *,
-    threads: int | None = None,
-    prepare: Callable[[], None] | None = None,
+    executor: Executor | None = None,
 ) -> Iterator[_T]:
     """Yield `function(item)` of every item in order, up to `depth` of them made ahead in threads.
 
@@ -73,11 +72,13 @@ def map_ahead(
         function: Called in the threads.
         items: Gone through in this thread.
         depth: How many results are made ahead.
-        threads: How many are made at once; None is `depth`.
-        prepare: Called once in every thread.
+        executor: What has the threads, and outlives the call; None is one of `depth` threads.
     """
+    if executor is None:
+        with ThreadPoolExecutor(depth, "map-ahead") as own:
+            yield from map_ahead(function, items, depth, executor=own)
+        return
     waiting: deque[Future[_T]] = deque()
-    executor = ThreadPoolExecutor(threads or depth, "map-ahead", prepare or _nothing)
     try:
         for item in items:
             waiting.append(executor.submit(function, item))
@@ -86,8 +87,4 @@ def map_ahead(
         while waiting:
             yield waiting.popleft().result()
     finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _nothing() -> None:
-    pass
+        wait([future for future in waiting if not future.cancel()])

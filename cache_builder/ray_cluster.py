@@ -116,6 +116,12 @@ class Cluster:
         errors = self.ray.exceptions
         return isinstance(exc, errors.RayError) and not isinstance(exc, errors.RayTaskError)
 
+    def is_out_of_memory(self, exc: BaseException) -> bool:
+        """Say whether Ray killed a process because its node ran out of memory."""
+        # Of a call that waited behind the one that was killed, the text alone says so.
+        is_named = isinstance(exc, self.ray.exceptions.OutOfMemoryError)
+        return is_named or "running low on memory" in str(exc)
+
     def _nodes(self) -> list[dict[str, float]]:
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
@@ -124,17 +130,22 @@ class Cluster:
         if now_s - self._asked_s < _SECONDS_BETWEEN_CHECKS:
             return
         self._asked_s = now_s
-        try:
-            socket.create_connection(self._head, _CONNECT_S).close()
-        except OSError as exc:
-            if now_s - self._answered_s < _HEAD_PATIENCE_S:
-                return
+        if self._is_there():
+            self._answered_s = now_s
+        elif now_s - self._answered_s >= _HEAD_PATIENCE_S:
             raise WorkerLostError(
                 f"The head node of the Ray cluster at {self._name} is gone: {self._head[0]} has "
                 f"not answered for {now_s - self._answered_s:.0f} s. Run the same command again "
                 "when the cluster is back; what was finished is kept."
-            ) from exc
-        self._answered_s = now_s
+            )
+
+    def _is_there(self) -> bool:
+        """Whether the head node answers and some node, itself at least, can do work."""
+        try:
+            socket.create_connection(self._head, _CONNECT_S).close()
+        except OSError:
+            return False
+        return bool(self._nodes())
 
 
 class _ToLog(io.TextIOBase):

@@ -1,11 +1,14 @@
 """Objects that hold a share of some work, each in a Ray actor of its own."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cache_builder.errors import WorkerLostError
+from cache_builder.errors import ConfigError, WorkerLostError
 from cache_builder.ray_cluster import Cluster, ClusterOptions, connect
+
+logger = logging.getLogger(__name__)
 
 _SMALL_BYTES = 100_000  # what is sent with a call rather than put into the object store
 
@@ -50,7 +53,9 @@ class ActorGroup:
             pass
         try:
             return self._cluster.fetch(reference)
-        except self._cluster.ray.exceptions.RayActorError as exc:
+        except Exception as exc:
+            if not self._cluster.is_loss(exc):
+                raise
             raise WorkerLostError(
                 "A Ray actor that held a share of the work died (out of memory, or its node was "
                 "lost). Run the same command again; more workers hold less each."
@@ -68,11 +73,21 @@ def actor_group(
         options: Where they run; its number of workers is not looked at.
 
     Raises:
-        ConfigError: The cluster cannot be reached.
+        ConfigError: The cluster cannot be reached, or this machine has too few GPUs.
     """
     with connect(options) as cluster:
         # All of them are needed at once, so they must all find a place.
         num_cpus = cluster.cpus_for_each(len(makers), options.cpus_per_worker)
+        num_places = cluster.num_places(options._replace(cpus_per_worker=num_cpus))
+        if num_places < len(makers):
+            message = (
+                f"{len(makers)} workers of {options.gpus_per_worker:g} GPUs each are needed at "
+                f"once, and {num_places} find a place: Ray sees {cluster.describe_resources()}. "
+                "Fewer --fit-workers or --gpus-per-worker need less."
+            )
+            if options.address in {None, "local"}:
+                raise ConfigError(message)
+            logger.warning("%s Waiting for nodes that join.", message)
         actor_class = cluster.ray.remote(_Member).options(
             num_cpus=num_cpus, num_gpus=options.gpus_per_worker
         )

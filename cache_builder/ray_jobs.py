@@ -9,12 +9,16 @@ through Ray's object store.
 Tries are counted for each unit. The units that a dead actor had are tried again alone, so that
 only the one that kills its actors is charged with their deaths. A unit that has used its tries up
 ends the job, after all the others are done.
+
+Where Ray kills an actor because its node is short of memory, another one in its place would be
+killed too: the pool gets smaller by one, down to one, and the units come back after the others.
 """
 
 import contextlib
 import logging
 import re
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -33,12 +37,16 @@ _ResultT = TypeVar("_ResultT", covariant=True)
 _U = TypeVar("_U")
 _R = TypeVar("_R")
 
-_UNITS_IN_FLIGHT = 2  # per actor, so that none waits for the driver
+_UNITS_IN_FLIGHT = 2  # per actor that works on one, so that none waits for the driver
 _MAX_TRIES = 4  # of one unit, and of starting an actor in one place of the pool
 _LAST_ANSWER_S = 10.0  # for what a dead actor had still sent
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _MAX_NAMED = 5
 _LOGGER = "cache_builder"
+_ADVICE_ON_MEMORY = (
+    "The node ran out of memory: run the same command again with fewer --workers or more "
+    "--cpus-per-worker, so that fewer share a node, or on nodes with more memory."
+)
 
 
 class UnitWorker(Protocol[_UnitT, _ResultT]):
@@ -72,6 +80,7 @@ def map_units(
     job: str = "job",
     describe: Callable[[_U], str] = _plain_name,
     count: Callable[[_R], Mapping[str, float]] = _no_counts,
+    at_once: int = 1,
 ) -> Generator[Finished[_R], None, None]:
     """Yield the result of every unit, in the order in which they are done.
 
@@ -84,6 +93,8 @@ def map_units(
         job: Name of the job among the metrics of the cluster.
         describe: Names a unit in messages, and says where to look.
         count: Called in the actor: what a result adds to the metrics of the cluster.
+        at_once: Units that an actor works on at the same time, each in a thread. In this process
+            (no workers) it is one.
 
     Raises:
         PatchCacheError: What a worker raised.
@@ -110,11 +121,25 @@ def map_units(
                     f"--gpus-per-worker {options.gpus_per_worker:g} finds no place: Ray sees "
                     f"{cluster.describe_resources()}."
                 )
+        elif not num_places:
+            logger.warning(
+                "no node has room for a worker of %g CPUs and %g GPUs: the cluster has %s. "
+                "Waiting for one that joins; fewer --cpus-per-worker or --gpus-per-worker need "
+                "less.",
+                options.cpus_per_worker, options.gpus_per_worker, cluster.describe_resources(),
+            )  # fmt: skip
         actor_class = cluster.ray.remote(_Actor).options(
-            num_cpus=num_cpus, num_gpus=options.gpus_per_worker, max_restarts=0
+            num_cpus=num_cpus,
+            num_gpus=options.gpus_per_worker,
+            max_restarts=0,
+            max_concurrency=at_once,
         )
         pool: _Pool[_U, _R] = _Pool(
-            cluster, lambda: actor_class.remote(make_worker, job, count), job, describe
+            cluster,
+            lambda: actor_class.remote(make_worker, job, count),
+            job,
+            describe,
+            _UNITS_IN_FLIGHT + at_once - 1,
         )
         with pool:
             yield from pool.run(first, remaining, num_workers)
@@ -165,8 +190,10 @@ class _Pool(Generic[_U, _R]):
         start: Callable[[], Any],
         job: str,
         describe: Callable[[_U], str],
+        units_per_actor: int,
     ) -> None:
         self._cluster = cluster
+        self._units_per_actor = units_per_actor
         self._start = start
         self._describe = describe
         self._places: list[_Place[_U]] = []
@@ -174,6 +201,7 @@ class _Pool(Generic[_U, _R]):
         self._tasks: deque[_Task[_U]] = deque()
         self._remaining: Iterator[_U] = iter(())
         self._fatal: list[tuple[_U, str]] = []  # units that used up their tries, and why
+        self._ran_out_of_memory = False  # one of those
         self._told: set[str] = set()
         self._warned_s = time.monotonic()
         self._meters = Meters(job, node_name())
@@ -222,7 +250,7 @@ class _Pool(Generic[_U, _R]):
 
     def _hand_out(self, num_workers: int) -> None:
         """Give units to actors that are ready: one to each before any gets a second."""
-        for depth in range(_UNITS_IN_FLIGHT):
+        for depth in range(self._units_per_actor):
             for place in self._places:
                 if not place.is_ready or len(place.in_flight) != depth:
                     continue
@@ -260,16 +288,25 @@ class _Pool(Generic[_U, _R]):
     def _failed_start(self, place: _Place[_U], exc: Exception) -> None:
         self._drop(place)
         num_failed = place.num_failed_starts + 1
-        if num_failed < _MAX_TRIES:
+        out_of_memory = self._cluster.is_out_of_memory(exc)
+        if num_failed < _MAX_TRIES and not (out_of_memory and self._places):
             self._add_place(num_failed)
         elif not self._places:
             raise WorkerLostError(
                 f"Ray workers die before they can take work, {num_failed} times in a row: "
-                f"{_reason(exc)} Their logs are in Ray's dashboard and in its logs folder on "
-                "the node; run the same command again when that is mended."
+                f"{_reason(exc)} "
+                + (
+                    _ADVICE_ON_MEMORY
+                    if out_of_memory
+                    else "Their logs are in Ray's dashboard and in its logs folder on the node; "
+                    "run the same command again when that is mended."
+                )
             ) from exc
         else:
-            logger.warning("a worker does not start and is left out: %s", _reason(exc))
+            logger.warning(
+                "a worker does not start and is left out; %d remain: %s",
+                len(self._places), _reason(exc),
+            )  # fmt: skip
 
     def _answered(self, place: _Place[_U], reference: Any) -> list[Finished[_R]]:
         try:
@@ -299,21 +336,28 @@ class _Pool(Generic[_U, _R]):
                     raise
                 unfinished.append(task)
         names = [self._describe(task.unit) for task in unfinished]
+        out_of_memory = self._cluster.is_out_of_memory(exc)
         if len(unfinished) == 1:
             task = unfinished[0]
             task.num_deaths += 1
             if task.num_deaths >= _MAX_TRIES:
                 self._fatal.append((task.unit, _reason(exc)))
+                self._ran_out_of_memory |= out_of_memory
                 unfinished.clear()
             again = f"try {task.num_deaths} of {_MAX_TRIES}"
         else:
             again = "each is done again alone"
+        if out_of_memory and self._places:
+            again += f", later; {len(self._places)} workers remain"
         logger.warning("a worker was lost at %s; %s: %s", " or ".join(names), again, _reason(exc))
         for task in unfinished:
             task.is_suspect = True
-        self._tasks.extendleft(reversed(unfinished))
+        if out_of_memory:
+            self._tasks.extend(unfinished)
+        else:
+            self._tasks.extendleft(reversed(unfinished))
         self._look_ahead(1)
-        if self._tasks:
+        if self._tasks and not (out_of_memory and self._places):
             self._add_place()
         return finished
 
@@ -355,11 +399,15 @@ class _Pool(Generic[_U, _R]):
             for unit, reason in self._fatal[:_MAX_NAMED]
         )
         more = f" and {len(self._fatal) - _MAX_NAMED} more" if len(self._fatal) > _MAX_NAMED else ""
+        advice = (
+            _ADVICE_ON_MEMORY
+            if self._ran_out_of_memory
+            else "If memory ran out, run the same command again with fewer --workers; if a library "
+            "crashed at one of its images, take that image away and build anew."
+        )
         return (
             f"Killed its worker {_MAX_TRIES} times and was given up: {named}{more}. Everything "
-            "else is done and kept. If memory ran out, run the same command again with fewer "
-            "--workers; if a library crashed at one of its images, take that image away and build "
-            "anew."
+            f"else is done and kept. {advice}"
         )
 
 
@@ -391,7 +439,9 @@ class _Kept(logging.Handler):
         self._messages.append(_Message(record.name, record.levelno, record.getMessage()))
 
     def take(self) -> list[_Message]:
-        taken, self._messages = self._messages, []
+        assert self.lock
+        with self.lock:  # `emit` is called with it
+            taken, self._messages = self._messages, []
         return taken
 
 
@@ -408,6 +458,7 @@ class _Actor:
         self._count = count
         self._node = node_name()
         self._meters = Meters(job, self._node)
+        self._counting = threading.Lock()
         self._kept = _Kept()
         logging.getLogger(_LOGGER).addHandler(self._kept)
         # And into the log of this process, which Ray's dashboard shows.
@@ -431,7 +482,8 @@ class _Actor:
         started_s = time.monotonic()
         result = self._worker.run(unit)
         seconds = time.monotonic() - started_s
-        self._meters.unit_done(seconds, self._count(result))
+        with self._counting:
+            self._meters.unit_done(seconds, self._count(result))
         return _Answer(result, self._node, seconds, self._kept.take())
 
 

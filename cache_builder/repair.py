@@ -32,8 +32,9 @@ from cache_builder.formats.manifest import (
     to_json,
 )
 from cache_builder.formats.zarr_store import create_store
+from cache_builder.origins import find_origins
 from cache_builder.ray_jobs import ClusterOptions
-from cache_builder.sources import open_source
+from cache_builder.relisting import list_again, moved_container
 from cache_builder.stores import LocalStore, read_location
 from cache_builder.unit_jobs import FEW_BUILDS, run_units
 from cache_builder.unit_repair import RebuildJob, RebuildTask, UnitRebuilder
@@ -101,15 +102,38 @@ class _Repair:
             return
         check, base = self._check, self._check.base
         try:
-            listed = dict(self._list_again())
+            for units in list_again(base.spec, self._options.images, check.num_rows()):
+                texts = self._right_plan_units(
+                    {unit.unit: to_json(unit) for unit in units}, damaged
+                )
+                if texts is not None:
+                    break
         except PatchCacheError as exc:
             self._refuse(
                 f"the plan cannot be written again from its source: {exc} "
                 "--images names the place where the images lie now"
             )
             return
-        there = [check.findings[unit].plan_sha256 for unit in range(base.num_units)]
-        again = [sha256_bytes(listed[unit]) if unit in listed else "" for unit in range(len(there))]
+        if texts is None:
+            self._refuse(
+                f"the images of {self._images} are not those that the cache was planned for: one "
+                "was added, removed or renamed since. Restore the source, then repair again"
+            )
+            return
+        for unit, text in texts.items():
+            self._publish(base, plan_unit_name(unit), text)
+        check.check_units(sorted(texts), self._options.cluster)
+
+    def _right_plan_units(
+        self, listed: dict[int, bytes], damaged: set[int]
+    ) -> dict[int, bytes] | None:
+        """Return what belongs into damaged files, or None if the listing is not that of the plan.
+
+        Where it is not known which files are damaged, those are that the listing has otherwise.
+        """
+        check = self._check
+        there = [check.findings[unit].plan_sha256 for unit in range(check.base.num_units)]
+        again = [sha256_bytes(listed.get(unit, b"")) for unit in range(len(there))]
         if not damaged:
             damaged = {unit for unit, digest in enumerate(there) if digest != again[unit]}
         mended = [
@@ -118,23 +142,8 @@ class _Repair:
         claims, digest = check.claimed_units(), sha256_bytes("".join(mended).encode())
         is_known = digest in claims or any(is_misspelt(digest, claim) for claim in claims)
         if not (is_known if claims else mended == again):
-            self._refuse(
-                f"the images of {self._images} are not those that the cache was planned for: one "
-                "was added, removed or renamed since. Restore the source, then repair again"
-            )
-            return
-        for unit in sorted(damaged):
-            self._publish(base, plan_unit_name(unit), listed[unit])
-        check.check_units(sorted(damaged), self._options.cluster)
-
-    def _list_again(self) -> Iterator[tuple[int, bytes]]:
-        spec = self._check.base.spec
-        unit_size = None if spec.source.kind == "webdataset" else spec.unit_size
-        for unit in open_source(self._images).scan(unit_size).units:
-            if unit.container and self._options.images:
-                recorded = _moved(unit.container, spec.source.location)
-                unit = unit.model_copy(update={"container": recorded})
-            yield unit.unit, to_json(unit)
+            return None
+        return {unit: listed[unit] for unit in sorted(damaged)}
 
     def _repair_plans(self) -> None:
         check = self._check
@@ -251,23 +260,56 @@ class _Repair:
             return
         check = self._check
         jobs = list(self._jobs(wanted))
-        source = check.base.spec.source
-        if source.kind == "cache" and any(job.reads_source for job in jobs):
-            self._refuse(
-                f"the cache was merged from {source.location}, whose images come from several "
-                "sources. `patchcache merge` makes it again"
-            )
-            jobs = [job for job in jobs if not job.reads_source]
+        if check.base.spec.source.kind == "cache":
+            copies, jobs = self._copies(jobs)
+            refused = self._rebuild(copies)
+            # What is left of such a unit needs the images that were not copied.
+            jobs = [job for job in jobs if job.unit not in refused]
+        self._rebuild(jobs)
+        check.check_units(sorted(wanted), self._options.cluster)
+
+    def _rebuild(self, jobs: list[RebuildJob]) -> set[int]:
+        """Make units again; return those that were not."""
+        check = self._check
         plans = {name: self._plan(part) for name, part in check.parts.items()}
         task = RebuildTask(
             check.location, plans, self._images, self._options.device, self._options.weights
         )
         rebuilder, cluster = partial(UnitRebuilder, task), self._options.cluster
+        refused = set()
         for result in run_units(rebuilder, jobs, cluster, FEW_BUILDS):
             self._outcome.repaired.extend(result.written)
             if result.refused:
                 self._refuse(f"unit {result.unit}: {result.refused}")
-        check.check_units(sorted(wanted), self._options.cluster)
+                refused.add(result.unit)
+        return refused
+
+    def _copies(self, jobs: list[RebuildJob]) -> tuple[list[RebuildJob], list[RebuildJob]]:
+        """Return what can be copied from the caches that were merged, and what is to be built."""
+        origins = find_origins([PlanUnit.model_validate_json(job.plan) for job in jobs])
+        specs = {name: part.spec for name, part in self._check.parts.items()}
+        copies, others = [], []
+        for job in jobs:
+            origin = origins[job.unit]
+            if isinstance(origin, str):
+                if job.reads_source:
+                    self._refuse(f"unit {job.unit}: {origin}")
+                else:
+                    others.append(job)
+                continue
+            # Views and tokenizers that were added after the merge are in none of the caches.
+            copied = {
+                name: shard
+                for name, shard in job.expected.items()
+                if specs[name].fingerprint in origin.tokenizers
+                and specs[name].view_spec.first_view == specs[""].view_spec.first_view
+            }
+            added = {name: shard for name, shard in job.expected.items() if name not in copied}
+            if copied:
+                copies.append(job._replace(expected=copied, copied=origin.unit))
+            if added:
+                others.append(job._replace(expected=added, reads_source="" in added))
+        return copies, others
 
     def _jobs(self, wanted: dict[int, dict[str, ShardInfo | None]]) -> Iterator[RebuildJob]:
         check = self._check
@@ -287,7 +329,7 @@ class _Repair:
                 self._refuse(f"unit {unit} needs the codebook of its tokenizer")
                 continue
             if plan.container and self._options.images:
-                there = _moved(plan.container, self._images)
+                there = moved_container(plan.container, self._images)
                 plan = plan.model_copy(update={"container": there})
             in_cache = check.base.spec.images_in_cache != "none"
             yield RebuildJob(unit, to_json(plan), expected, "" in expected or not in_cache)
@@ -334,15 +376,3 @@ class _Repair:
 
     def _refuse(self, reason: str) -> None:
         self._outcome.refused.append(reason)
-
-
-def _moved(container: str, location: str) -> str:
-    """Return where a container lies if the source lies at `location`; its name stays."""
-    folder, _, name = container.rpartition("/")
-    suffix = Path(name).suffix
-    if "://" not in location:
-        location = str(Path(location).absolute())
-    root = location.rstrip("/")
-    if root.endswith(suffix):
-        root = root.rpartition("/")[0]
-    return f"{root or folder}/{name}"

@@ -16,7 +16,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cache_builder import files, sample_store
+from cache_builder.decoders import Decoders
 from cache_builder.errors import ConfigError, ImageError
 from cache_builder.formats.codebook import ExtractorSpec, PixelRule
 from cache_builder.formats.manifest import PlanRow, PlanUnit
@@ -177,6 +178,7 @@ def draw_sample(
         options.device,
         options.dtype,
         options.seed,
+        options.cluster.threads_per_worker,
     )
     finished = map_units(
         worker, missing, options.cluster, job="fit", describe=_unit_name, count=_counts
@@ -216,12 +218,14 @@ class SampleWorker:
         device: str,
         dtype: SampleDtype,
         seed: int,
+        decode_threads: int = 1,
     ) -> None:
         """Load the feature model."""
         self._source = open_source(images)
         self._extractor = load_extractor(spec, rule, choose_device(device))
         self._dtype = np.dtype(np.uint8 if spec.id == "pixel" else dtype)
         self._seed = seed
+        self._decoders = Decoders(decode_threads) if decode_threads > 1 else None
 
     def run(self, draw: UnitDraw) -> UnitSample:
         """Return the sampled features of one unit; an image that cannot be decoded is skipped."""
@@ -279,21 +283,35 @@ class SampleWorker:
 
     def _batches(self, unit: PlanUnit) -> Iterator[list[tuple[PlanRow, Tensor]]]:
         """Yield decoded centre squares."""
-        rule = self._extractor.pixel_rule
-        batch = []
-        for row, data in self._source.read(unit):
-            try:
-                pixels = decode(image_bytes(data))
-            except ImageError as exc:
-                logger.warning("left out %s: %s", row.source, exc)
-                continue
-            view = centre_square((int(pixels.shape[-2]), int(pixels.shape[-1])))
-            batch.append((row, apply_view(pixels, view, rule.size, rule.interpolation)))
-            if len(batch) == _IMAGES_PER_BATCH:
-                yield batch
-                batch = []
-        if batch:
+        squares = self._squares(unit)
+        while batch := list(islice(squares, _IMAGES_PER_BATCH)):
             yield batch
+
+    def _squares(self, unit: PlanUnit) -> Iterator[tuple[PlanRow, Tensor]]:
+        pictures = self._source.read(unit)
+        cut: Iterable[tuple[PlanRow, Tensor | ImageError]]
+        if self._decoders is None:
+            cut = map(self._cut, pictures)
+        else:
+            cut = self._decoders.map(self._cut, pictures)
+        for row, square in cut:
+            if isinstance(square, ImageError):
+                logger.warning("left out %s: %s", row.source, square)
+            else:
+                yield row, square
+
+    def _cut(
+        self, picture: tuple[PlanRow, bytes | ImageError]
+    ) -> tuple[PlanRow, Tensor | ImageError]:
+        """Return the centre square of an image, or why there is none."""
+        row, data = picture
+        rule = self._extractor.pixel_rule
+        try:
+            pixels = decode(image_bytes(data))
+        except ImageError as exc:
+            return row, exc
+        view = centre_square((int(pixels.shape[-2]), int(pixels.shape[-1])))
+        return row, apply_view(pixels, view, rule.size, rule.interpolation)
 
 
 def _smallest_of_each_class(

@@ -7,6 +7,8 @@ Beside the targets stands what they are worth: the perplexity of the soft target
 softmax over all K that the stored k hold, and how near the stored features are to the float32 ones.
 """
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,9 +60,15 @@ class Targets(NamedTuple):
 class TargetMaker:
     """Makes the targets that a cache's settings ask for, and measures them."""
 
-    def __init__(self, tokenizer: PatchTokenizer, spec: CacheSpec) -> None:
-        """Take the tokenizer that the cache was planned for."""
+    def __init__(
+        self,
+        tokenizer: PatchTokenizer,
+        spec: CacheSpec,
+        turn: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """Take the tokenizer that the cache was planned for, and what is held while it works."""
         self._tokenizer = tokenizer
+        self._turn = turn or contextlib.nullcontext()
         self._soft = spec.soft
         self._dtype = spec.features.dtype if spec.features else None
         # Sums over patches: perplexity, mass, patches with a mass; cosine, relative error.
@@ -102,21 +110,26 @@ class TargetMaker:
         )
 
     def _make(self, pixels: Tensor) -> Targets:
-        features = self._tokenizer.features(pixels)
-        if features.is_floating_point() and not features.isfinite().all():
-            raise ConfigError("The features hold NaN or infinity. Check the model and its weights.")
-        flat = features.reshape(-1, features.shape[-1])
         shape = (len(pixels), *self._tokenizer.grid)
-        self._num_patches += len(flat)
-        packed: tuple[NDArray[Any] | None, NDArray[np.float32] | None] = (None, None)
-        if self._dtype:
-            packed = self._store(features.cpu().numpy(), self._dtype, shape)
-        if self._soft:
-            return Targets(*self._soften(flat, self._soft, shape), *packed)
-        ids = self._tokenizer.quantizer.encode(flat).cpu().numpy().astype(np.uint16)
-        stages = self._tokenizer.codebook.num_stages
-        tail = (stages,) if stages > 1 else ()
-        return Targets(ids.reshape(*shape, *tail), None, None, *packed)
+        with self._turn:
+            features = self._tokenizer.features(pixels)
+            if features.is_floating_point() and not features.isfinite().all():
+                raise ConfigError(
+                    "The features hold NaN or infinity. Check the model and its weights."
+                )
+            flat = features.reshape(-1, features.shape[-1])
+            self._num_patches += len(flat)
+            if self._soft:
+                targets = Targets(*self._soften(flat, self._soft, shape))
+            else:
+                ids = self._tokenizer.quantizer.encode(flat).cpu().numpy().astype(np.uint16)
+                stages = self._tokenizer.codebook.num_stages
+                targets = Targets(ids.reshape(*shape, stages) if stages > 1 else ids.reshape(shape))
+            stored = features.cpu().numpy() if self._dtype else None
+        if self._dtype is None or stored is None:
+            return targets
+        values, scales = self._store(stored, self._dtype, shape)
+        return targets._replace(features=values, feature_scales=scales)
 
     def _soften(
         self, flat: Tensor, soft: SoftSpec, shape: tuple[int, ...]

@@ -23,7 +23,7 @@ from cache_builder.damage import (
     measure,
 )
 from cache_builder.errors import PatchCacheError
-from cache_builder.files import sha256_bytes
+from cache_builder.files import canonical_json, sha256_bytes
 from cache_builder.formats.cache import Shard, array_problem, open_unit
 from cache_builder.formats.manifest import (
     CacheSpec,
@@ -43,6 +43,7 @@ from cache_builder.stores import Measure, Store, open_store
 
 _MAX_HELD_BYTES = 1 << 28  # of a tar; a larger one is read twice
 _MAX_NAMED = 20  # samples of one unit
+_MAX_SHOWN = 80  # characters of a value
 _TOKEN_TYPE = np.dtype(np.uint16)
 # What reading by the offsets of a damaged record may raise.
 _UNREADABLE = (PatchCacheError, ValueError, KeyError, IndexError, TypeError)
@@ -328,11 +329,8 @@ class _Content:
         for number in range(len(shard)):
             sample, info = shard.read(number), shard.info(number)
             row = self._rows.get(sample.key)
-            if row and (row.source, row.label) != (info.source, sample.label):
-                self._differ.append(
-                    f"{sample.key}: source {info.source} and label {sample.label}, planned "
-                    f"{row.source} and {row.label}"
-                )
+            if row:
+                self._differ += _differences(sample, info, row)
             if problem := sample_problem(sample, info, self._part.spec):
                 num_named += 1
                 if num_named <= _MAX_NAMED:
@@ -343,6 +341,30 @@ class _Content:
     def _damage(self, detail: str) -> Damage:
         checked = self._checked
         return Damage("content", detail, checked.main_file, checked.unit, self._part.name)
+
+
+def _differences(sample: CachedSample, info: SampleInfo, row: PlanRow) -> Iterator[str]:
+    """Say where a sample and its row of the plan differ."""
+    if (row.source, row.label) != (info.source, sample.label):
+        yield (
+            f"{sample.key}: source {info.source} and label {sample.label}, planned "
+            f"{row.source} and {row.label}"
+        )
+    if not row.extra and not sample.extra:
+        return
+    # As JSON, because 1, 1.0 and true are equal in Python.
+    found, planned = (
+        {name: canonical_json(value).decode() for name, value in extra.items()}
+        for extra in (sample.extra, row.extra)
+    )
+    for name in sorted(found.keys() | planned.keys()):
+        there, right = (_shortened(each.get(name, "none")) for each in (found, planned))
+        if found.get(name) != planned.get(name):
+            yield f"{sample.key}: column {name!r} is {there}, planned {right}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 class _Held:

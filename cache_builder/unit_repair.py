@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from cache_builder.arrangement import ArrangedUnit
 from cache_builder.build_worker import BuildTask, BuildWorker
-from cache_builder.commit import layer_store
+from cache_builder.commit import UnitSummary, layer_store
 from cache_builder.damage import full_name, is_misspelt, is_whole, measure
 from cache_builder.errors import PatchCacheError
 from cache_builder.formats.manifest import (
@@ -30,6 +31,7 @@ from cache_builder.formats.manifest import (
 )
 from cache_builder.formats.zarr_store import create_store
 from cache_builder.stores import LocalStore, Store, open_store
+from cache_builder.transform_worker import TransformTask, TransformWorker
 
 _COPY_BYTES = 1 << 20
 
@@ -51,6 +53,7 @@ class RebuildJob(NamedTuple):
     plan: bytes  # of the unit; its container is where it lies now
     expected: Mapping[str, ShardInfo | None]  # by layer; None takes what comes
     reads_source: bool  # the images are not in the cache, or not whole
+    copied: ArrangedUnit | None = None  # from the cache that the plan's container is
 
 
 class RebuildResult(NamedTuple):
@@ -74,13 +77,12 @@ class UnitRebuilder:
         self.close = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def run(self, job: RebuildJob) -> RebuildResult:
-        """Build one unit of the cache, its layers or both again."""
+        """Build one unit of the cache, its layers or both again, or copy it again."""
         names = tuple(job.expected)
         try:
             self._prepare(job, names)
-            worker = self._worker(names, self._task.images if job.reads_source else self._folder)
-            report = worker.run(job.unit)
-            made = {name: each.shard for name, each in zip(names, report.summaries, strict=True)}
+            summaries = self._make(job, names)
+            made = {name: each.shard for name, each in zip(names, summaries, strict=True)}
             for name, shard in made.items():
                 _refuse_other(shard, job.expected[name], name)
             written = [file for name, shard in made.items() for file in self._publish(name, shard)]
@@ -89,6 +91,14 @@ class UnitRebuilder:
         finally:
             self._clear(job.unit)
         return RebuildResult(job.unit, tuple(written), "")
+
+    def _make(self, job: RebuildJob, names: tuple[str, ...]) -> tuple[UnitSummary, ...]:
+        if job.copied is None:
+            images = self._task.images if job.reads_source else self._folder
+            return self._worker(names, images).run(job.unit).summaries
+        targets = tuple((name, self._task.plans[name].spec.fingerprint) for name in names)
+        task = TransformTask(self._folder, (job.copied.plan.container,), targets)
+        return TransformWorker(task).run(job.copied).summaries
 
     def _prepare(self, job: RebuildJob, names: tuple[str, ...]) -> None:
         """Lay out what a worker of a build finds."""
@@ -103,7 +113,7 @@ class UnitRebuilder:
             staged.publish(PLAN_NAME, to_json(plan))
             if plan.spec.layout == "zarr":
                 create_store(staged, plan.spec, plan.num_units)
-        if "" in names:
+        if "" in names or job.copied is not None:
             return
         record = unit_record_name(job.unit)
         _copy(self._store, self._staging, record)

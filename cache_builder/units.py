@@ -2,12 +2,16 @@
 
 Between the images of a unit nothing is shared, and no device batch crosses a unit, so a unit gives
 the same bytes wherever and whenever it is built.
+
+Where the tokenizer runs on a device of its own, images are decoded ahead in threads, and a worker
+has two units at hand: while one fills its first batch, or writes and publishes, the device works
+for the other.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache_builder.decoders import Decoders
 from cache_builder.errors import ConfigError, ImageError, TokenizerMismatchError
 from cache_builder.formats.manifest import (
     BuildPlan,
@@ -30,13 +35,13 @@ from cache_builder.formats.views import View, draw_views
 from cache_builder.formats.zarr_store import RowWriter
 from cache_builder.image_types import image_extension
 from cache_builder.imaging import apply_view, decode, shrink
-from cache_builder.prefetch import map_ahead
 from cache_builder.sources import image_bytes
 from cache_builder.stores import Store
 from cache_builder.targets import TargetMaker
 from cache_builder.tokenizers import PatchTokenizer
 
 logger = logging.getLogger(__name__)
+
 
 _IMAGES_PER_BATCH = 16
 
@@ -63,7 +68,8 @@ def build_unit(
     *,
     shrink_to: tuple[int, int] | None = None,
     skipped: tuple[SkippedSample, ...] | None = None,
-    decode_threads: int = 1,
+    decoders: Decoders | None = None,
+    turn: AbstractContextManager[object] | None = None,
 ) -> list[UnitRecord]:
     """Tokenise the images of one unit and write its shards; the caller writes the records.
 
@@ -74,7 +80,8 @@ def build_unit(
         shrink_to: Short side and JPEG quality of re-encoded images; None leaves the bytes.
         skipped: Images that an earlier target of the same samples left out and that `pictures` does
             not hold; a further one that cannot be decoded is then an error. None finds out.
-        decode_threads: Threads that decode and crop; 1 decodes in between.
+        decoders: Threads that decode and crop; None decodes in between.
+        turn: Held while a tokenizer works; whoever shares it with other threads has a lock here.
 
     Returns:
         The commit record of every target.
@@ -87,7 +94,7 @@ def build_unit(
     for target in targets:
         _check_tokenizer(target)
     found: list[SkippedSample] = []
-    makers = [TargetMaker(target.tokenizer, target.plan.spec) for target in targets]
+    makers = [TargetMaker(target.tokenizer, target.plan.spec, turn) for target in targets]
     specs = [target.plan.spec for target in targets]
 
     def cut(picture: Picture) -> _Cut | SkippedSample:
@@ -104,7 +111,8 @@ def build_unit(
         writers = [_open_writer(target, unit) for target in targets]
         for writer in writers:
             stack.enter_context(writer)
-        drawn = _kept(_map(cut, pictures, decode_threads), found)
+        cuts = decoders.map(cut, pictures) if decoders else map(cut, pictures)
+        drawn = _kept(cuts, found)
         while batch := list(islice(drawn, _IMAGES_PER_BATCH)):
             for number, (maker, writer) in enumerate(zip(makers, writers, strict=True)):
                 for new in _tokenise(batch, number, specs[number], maker):
@@ -176,21 +184,6 @@ def _kept(images: Iterable[_Cut | SkippedSample], skipped: list[SkippedSample]) 
             skipped.append(image)
         else:
             yield image
-
-
-def _map(
-    cut: Callable[[Picture], _Cut | SkippedSample], pictures: Iterable[Picture], threads: int
-) -> Iterable[_Cut | SkippedSample]:
-    if threads == 1:
-        return map(cut, pictures)
-    # The threads are the parallelism; threads of torch within them would fight for cores.
-    return map_ahead(
-        cut,
-        pictures,
-        _IMAGES_PER_BATCH + 2 * threads,
-        threads=threads,
-        prepare=partial(torch.set_num_threads, 1),
-    )
 
 
 def _open_writer(target: Target, unit: int) -> ShardWriter | RowWriter:

@@ -127,6 +127,4 @@ def _tokenizers(location: str, wanted: str | None) -> list[str]:
     if wanted is not None:
         with TokenCache.open(location, wanted) as cache:
             return [cache.manifest.fingerprint]
-    manifest = CacheManifest.load(location)
-    others = {layer.fingerprint for layer in manifest.layers} - {manifest.fingerprint}
-    return [manifest.fingerprint, *sorted(others)]
+    return [*CacheManifest.load(location).tokenizers]

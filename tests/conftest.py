@@ -1,5 +1,6 @@
 """Fixtures that every package's tests share."""
 
+import json
 import logging
 import os
 import urllib.request
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from tests import factories
+from tests.servers import GoogleStorage
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PATCHCACHE_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -134,3 +136,19 @@ def bucket(s3_server, monkeypatch):
         urllib.request.Request(f"{s3_server}/{name}", method="PUT"), timeout=10
     ).close()
     return f"s3://{name}"
+
+
+@pytest.fixture
+def google_bucket(tmp_path, monkeypatch):
+    """An empty bucket, `gs://...`, that obstore finds by the environment."""
+    server = GoogleStorage("bucket")
+    account = tmp_path / "account.json"
+    account.write_text(
+        json.dumps(
+            {"gcs_base_url": server.url, "disable_oauth": True, "client_email": "",
+             "private_key": "", "private_key_id": ""}
+        )
+    )  # fmt: skip
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+    yield "gs://bucket"
+    server.close()

@@ -5,6 +5,7 @@ nearest known one. What belongs to the cache (grid, patch size, K, number of vie
 manifest and is never a setting. The learning rate is absolute: no batch size is folded into it.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from cache_builder.errors import ConfigError
 from trainer import settings
 from trainer.objectives import METHOD_NAMES, load_method
 from trainer.objectives.interface import MethodConfig
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -149,22 +152,44 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    recipe: str | Path | None = None, overrides: Sequence[str] = (), *, method: str | None = None
+) -> TrainConfig:
     """Read a recipe and replace single values.
 
     Args:
-        recipe: Path of a TOML file, or the name of one in `trainer/recipes`, as in `beit`.
+        recipe: Path of a TOML file, or the name of one in `trainer/recipes`, as in `beit`; None is
+            the recipe with the name of the method.
         overrides: Texts like `optim.lr=1e-3`. The value is TOML; a bare word is a string, and
             `none` takes the key away, so that its default holds.
+        method: Takes the place of the recipe's. Of the recipe's settings of its own method, those
+            that this one has too are kept.
 
     Raises:
-        ConfigError: No such recipe, a key that does not exist or is missing, or a wrong value.
+        ConfigError: No such recipe or method, neither of them, a key that does not exist or is
+            missing, or a wrong value.
     """
-    tree = settings.read_toml(settings.recipe_path(recipe, RECIPES))
+    chosen = recipe or method
+    if chosen is None:
+        raise ConfigError(
+            "Name a recipe or a method (--method). "
+            f"Recipes: {', '.join(recipe_names())}. Methods: {', '.join(METHOD_NAMES)}."
+        )
+    if method is not None:
+        _require_method(method, "Pass --method with")
+    tree = settings.read_toml(settings.recipe_path(chosen, RECIPES))
+    if method is not None:
+        _replace_method(tree, method, chosen)
     for text in overrides:
         # Which keys there are depends on the method, which may have been replaced just now.
         settings.override(tree, text, partial(_keys_at, method=_method_of(tree)))
-    return parse_config(tree)
+    config = parse_config(tree)
+    if method is not None and config.objective.method != method:
+        raise ConfigError(
+            f"--method {method} and --set objective.method={config.objective.method} contradict "
+            "each other. Leave one of them out."
+        )
+    return config
 
 
 def parse_config(tree: Mapping[str, Any]) -> TrainConfig:
@@ -206,6 +231,17 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     return settings.changed(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
+def _replace_method(tree: dict[str, Any], method: str, recipe: str | Path) -> None:
+    objective = tree.get("objective", {})
+    if not isinstance(objective, Mapping):
+        return  # refused with everything else that is wrong
+    known = load_method(method).Config.model_fields
+    if dropped := [key for key in objective if key not in known]:
+        logger.info("of %s, %s has no %s; left out", recipe, method, ", ".join(dropped))
+    kept = {key: value for key, value in objective.items() if key in known}
+    tree["objective"] = {**kept, "method": method}
+
+
 def _method_of(tree: Mapping[str, Any]) -> str:
     """Return the method that a tree of settings names, BEiT's where it names none.
 
@@ -214,12 +250,15 @@ def _method_of(tree: Mapping[str, Any]) -> str:
     """
     objective = tree.get("objective")
     method = objective.get("method", "beit") if isinstance(objective, Mapping) else "beit"
+    _require_method(method, "Set objective.method to")
+    return str(method)
+
+
+def _require_method(method: object, what_to_do: str) -> None:
     if method not in METHOD_NAMES:
         raise ConfigError(
-            f"There is no method {method!r}. Set objective.method to one of: "
-            f"{', '.join(METHOD_NAMES)}."
+            f"There is no method {method!r}. {what_to_do} one of: {', '.join(METHOD_NAMES)}."
         )
-    return str(method)
 
 
 def _keys_at(parents: Iterable[str], method: str) -> list[str]:

@@ -319,6 +319,14 @@ class CacheManifest(_LeavesOutUnset, frozen=True, extra="forbid"):
         return self.spec.view_spec
 
     @property
+    def tokenizers(self) -> dict[str, int]:
+        """How many views each tokenizer has, by its fingerprint; the cache's own comes first."""
+        num_views = {self.fingerprint: self.view_spec.num_views}
+        for layer in sorted(self.layers, key=lambda layer: layer.fingerprint):
+            num_views[layer.fingerprint] = num_views.get(layer.fingerprint, 0) + layer.num_views
+        return num_views
+
+    @property
     def bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.bytes for shard in self.shards)

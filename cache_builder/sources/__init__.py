@@ -18,6 +18,7 @@ hostile archive comes with the reason. A file that is listed and cannot be read 
 then the source itself is broken.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ from cache_builder.sources.parquet import scan_parquet
 from cache_builder.sources.reading import image_bytes, read_unit
 from cache_builder.sources.webdataset import scan_tars
 from cache_builder.sources.zips import scan_zips
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "IMAGE_EXTENSIONS", "ImageJoin", "Listing", "Source", "image_bytes", "open_source",
@@ -101,11 +104,15 @@ class _FolderSource:
     def _files(self) -> Iterator[str]:
         if not is_remote(self._root):
             with os.scandir(self._root) as entries:
-                yield from (entry.name for entry in entries)
+                for entry in entries:
+                    if container_kind(entry.name) and _is_no_file(entry):
+                        logger.warning("%s is not a file and is left out", entry.path)
+                    else:
+                        yield entry.name
             return
-        for entry in remote.list_folder(self._root):
-            if not entry.is_folder:
-                yield entry.name
+        for listed in remote.list_folder(self._root):
+            if not listed.is_folder:
+                yield listed.name
 
 
 class _ContainerSource:
@@ -163,12 +170,18 @@ def _files(location: str, names: list[str]) -> Source:
     return _ListSource(check_list(names, location))
 
 
+def _is_no_file(entry: os.DirEntry[str]) -> bool:
+    """Say whether it is a folder, a pipe, a socket or a device; a broken link is an error later."""
+    return not entry.is_file() and Path(entry.path).exists()
+
+
 def _local_files(pattern: str) -> list[str]:
     paths = [Path(name) for name in expand_braces(pattern)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
+        what = "is neither a file nor a folder" if missing[0].exists() else "is not there"
         raise SourceError(
-            f"{missing[0]} is not there"
+            f"{missing[0]} {what}"
             + (f", nor are {len(missing) - 1} others of {pattern}." if len(missing) > 1 else ".")
             + " Pass a folder of images, or tars, zips, Parquet files or a list."
         )

@@ -11,6 +11,12 @@ from cache_builder.prefetch import map_ahead
 from cache_builder.sources import names, remote
 
 _FILES_AT_ONCE = 8  # of remote ones
+_NO_FILES = {
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+}
 
 
 def read_files(root: str, unit: PlanUnit) -> Iterator[tuple[PlanRow, bytes | ImageError]]:
@@ -61,8 +67,9 @@ def read_row(root: str, row: PlanRow) -> bytes | ImageError:
 def _read_local(path: Path) -> bytes | ImageError:
     try:
         status = path.stat()
-        if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
-            return ImageError("it is a device, not a file")  # and may have no end
+        kind = stat.S_IFMT(status.st_mode)
+        if kind in _NO_FILES:  # they may have no end, and reading may wait for ever
+            return ImageError(f"it is a {_NO_FILES[kind]}, not a file")
         problem = names.size_problem(status.st_size)
         return ImageError(problem) if problem else path.read_bytes()
     except OSError as exc:

@@ -11,6 +11,9 @@ cropper too, so only what is around them differs. With their own, decode and cro
 cost them 6.5 ms per image more at four views, and the usual nearest centroid by a matrix product
 fifteen times the CPU (bench_kmeans.py).
 
+`--only device` puts a device that waits and computes nothing in the place of the tokenizer: see
+`paced_device`. Its rates are set to 0.5 and 1.5 times the decode rate.
+
 CPU time is that of all processes of a command, Ray's included. "Once it runs" leaves out the start:
 it is counted from the moment at which a sixth of the images was done. A command is killed (SIGKILL,
 all of its processes) when half of its images are done.
@@ -34,19 +37,21 @@ from rich.table import Table
 from torch import multiprocessing
 
 from cache_builder import files, image_types, imaging, sources
+from cache_builder.build_worker import BuildTask
 from cache_builder.formats import manifest, shards, tar_stream, views, zarr_store
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
 from cache_builder.formats.views import View, draw_views
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.kmeans import fit_centroids
+from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.sources import open_source
 from cache_builder.targets import TargetMaker, Targets
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 from cache_builder.tokenizers.quantizer import ResidualQuantizer
 from tests import factories
-from tests.benchmarks import build_peers, process_tree
+from tests.benchmarks import build_peers, paced_device, process_tree
 from tests.benchmarks.process_tree import Cost
 from tests.benchmarks.stages import Stage, StageClock
 from tests.conftest import DATA, ROOT
@@ -108,7 +113,9 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="fewer images")
-    parser.add_argument("--only", choices=("peers", "limits", "stages"), help="one table alone")
+    parser.add_argument(
+        "--only", choices=("peers", "limits", "device", "stages"), help="one table alone"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--features", help="a timm or open_clip model of random weights, in limits")
@@ -139,6 +146,8 @@ def main() -> None:
                 of_model = settings._replace(codebook=model_codebook(model, fewer, work))
                 add_limits(table, model, fewer, of_model, work, None)
             console.print(table)
+        if args.only in (None, "device"):
+            console.print(device_table(work, settings, num_images))
 
 
 def peer_table(images: Path, settings: Settings, work: Path) -> tuple[Table, Measured]:
@@ -307,12 +316,16 @@ def add_limits(
     )  # fmt: skip
 
 
-def run_limits(images: Path, settings: Settings) -> dict[str, list[Share]]:
-    """Run the parts of the work in processes that do nothing else."""
+def run_limits(
+    images: Path, settings: Settings, kinds: tuple[str, ...] = LIMITS
+) -> dict[str, list[Share]]:
+    """Run parts of the work in processes that do nothing else."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(settings.num_processes), context.Queue()
     processes = [
-        context.Process(target=_limit_process, args=(rank, images, settings, barrier, answers))
+        context.Process(
+            target=_limit_process, args=(rank, images, settings, kinds, barrier, answers)
+        )
         for rank in range(settings.num_processes)
     ]
     for process in processes:
@@ -320,10 +333,12 @@ def run_limits(images: Path, settings: Settings) -> dict[str, list[Share]]:
     found = [answers.get() for _ in processes]
     for process in processes:
         process.join()
-    return {kind: [answer[kind] for answer in found] for kind in LIMITS}
+    return {kind: [answer[kind] for answer in found] for kind in kinds}
 
 
-def _limit_process(rank: int, images: Path, settings: Settings, barrier: Any, answers: Any) -> None:
+def _limit_process(
+    rank: int, images: Path, settings: Settings, kinds: tuple[str, ...], barrier: Any, answers: Any
+) -> None:
     torch.set_num_threads(1)
     tokenizer = PatchTokenizer.load(settings.codebook, settings.device)
     spec = build_peers.view_spec(tokenizer, NUM_VIEWS)
@@ -354,13 +369,82 @@ def _limit_process(rank: int, images: Path, settings: Settings, barrier: Any, an
         for batch in batches:
             tokenizer.encode(cropped(batch))
 
+    works = dict(zip(LIMITS, (decode_all, tokenise_all, do_both), strict=True))
     found = {}
-    for kind, work in zip(LIMITS, (decode_all, tokenise_all, do_both), strict=True):
+    for kind in kinds:
         barrier.wait()
         wall, cpu = time.perf_counter(), time.process_time()
-        work()
+        works[kind]()
         found[kind] = Share(time.perf_counter() - wall, time.process_time() - cpu)
     answers.put(found)
+
+
+DEVICE_RATES = (0.5, 1.5)  # of a simulated device, as shares of the decode rate
+UNITS_PER_PROCESS = 12
+
+
+def device_table(work: Path, settings: Settings, num_images: int) -> Table:
+    """Build beside a device that is not a core: see `paced_device`."""
+    import ray
+
+    num_cores = settings.num_processes
+    table = Table(title=f"A build on {num_cores} cores and a simulated device, images/s")
+    for name in ("decode and crop", "device", "workers", "GPUs each", "CPUs each", "build",
+                 "of the lesser"):  # fmt: skip
+        table.add_column(name, justify="right")
+    os.environ.update(ENV)
+    images = write_images(work / "many-images", 3 * num_images)
+    unit_size = 3 * num_images // (UNITS_PER_PROCESS * num_cores)
+    ray.init(num_cpus=num_cores, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    for num_workers in sorted({1, num_cores}, reverse=True):
+        cluster = ClusterOptions(
+            num_workers=num_workers,
+            gpus_per_worker=1 / num_workers,
+            cpus_per_worker=num_cores // num_workers,
+        )
+        for share in DEVICE_RATES:
+            before = decode_rate(images, settings)
+            rate = share * before
+            built = build_on_device(images, settings, unit_size, work / "paced", rate, cluster)
+            decoded = (before + decode_rate(images, settings)) / 2
+            row = (
+                f"{decoded:.0f}", f"{rate:.0f}", f"{num_workers}",
+                f"{cluster.gpus_per_worker:g}", f"{cluster.cpus_per_worker:g}",
+                f"{built:.0f}", f"{built / min(decoded, rate):.0%}",
+            )  # fmt: skip
+            print(" | ".join(row), file=sys.stderr)
+            table.add_row(*row)
+    ray.shutdown()
+    return table
+
+
+def decode_rate(images: Path, settings: Settings) -> float:
+    """Return images per second that all cores decode and crop, one process for each."""
+    found = run_limits(images, settings, LIMITS[:1])[LIMITS[0]]
+    return len(list(images.iterdir())) / max(share.seconds for share in found)
+
+
+def build_on_device(
+    images: Path, settings: Settings, unit_size: int, out: Path, rate: float,
+    cluster: ClusterOptions,
+) -> float:  # fmt: skip
+    """Return images per second of a build, once it runs."""
+    plan = factories.plan_cache(
+        images=str(images), codebook=settings.codebook, out=out, num_views=NUM_VIEWS,
+        images_in_cache="none", unit_size=unit_size,
+    )  # fmt: skip
+    task = BuildTask(
+        cache=str(out), names=("",), images=str(images), device="cpu",
+        decode_threads=cluster.threads_per_worker,
+    )  # fmt: skip
+    lock = out.with_name("device")
+    for _ in paced_device.build_units(task, plan.num_units, lock, rate * NUM_VIEWS, cluster):
+        pass
+    last = finished_at(out)[-1]
+    shutil.rmtree(out)
+    batches = np.loadtxt(lock)
+    start = batches[len(batches) // 6, 0]
+    return float(batches[batches[:, 0] > start, 1].sum()) / NUM_VIEWS / (last - start)
 
 
 PUBLISHING = ("publish_new", "_flush", "flush_directory", "flush_file")

@@ -17,19 +17,31 @@ from cache_builder.cli_errors import one_line_errors
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.ray_jobs import map_units
 
-SETTINGS = {"num_units": 10, "seconds": 0.2, "workers": None, "poison": [], "patience": 20}
+SETTINGS = {
+    "num_units": 10, "seconds": 0.2, "workers": None, "poison": [], "patience": 20,
+    "gpus": 0, "at_once": 1, "hungry": [],
+}  # fmt: skip
+BITE_BYTES = 50 << 20  # of a hungry unit, where memory is short
 
 
 class Waits:
-    def __init__(self, seconds, poison):
-        self.seconds, self.poison = seconds, poison
+    def __init__(self, seconds, poison, hungry):
+        self.seconds, self.poison, self.hungry = seconds, poison, hungry
 
     def run(self, unit):
+        import ray
+
         import cache_builder
         from cache_builder.tokenizers.kernels.library import kernels
 
         if unit in self.poison:
             os.kill(os.getpid(), 11)
+        if unit in self.hungry and "RAY_memory_usage_threshold" in os.environ:
+            held = []
+            while len(held) < 200:
+                held.append(b"x" * BITE_BYTES)
+                time.sleep(0.05)
+        before_s = time.time()
         logging.getLogger("cache_builder.waits").warning("skipped image of unit %d", unit)
         time.sleep(self.seconds)
         return {
@@ -37,6 +49,8 @@ class Waits:
             "pid": os.getpid(),
             "package": str(Path(cache_builder.__file__).parent),
             "has_kernels": kernels() is not None,
+            "gpus": ray.get_runtime_context().get_accelerator_ids()["GPU"],
+            "span": (before_s, time.time()),
         }
 
 
@@ -46,10 +60,11 @@ def main(address, settings):
     sys.path.remove(os.environ["PYTHONPATH"])
     ray_cluster._HEAD_PATIENCE_S = settings["patience"]
     finished = map_units(
-        lambda: Waits(settings["seconds"], settings["poison"]),
+        lambda: Waits(settings["seconds"], settings["poison"], settings["hungry"]),
         range(settings["num_units"]),
-        ClusterOptions(address, settings["workers"]),
+        ClusterOptions(address, settings["workers"], settings["gpus"]),
         job="waiting",
+        at_once=settings["at_once"],
         count=lambda result: {"images": 3},
     )
     for result, node, seconds in finished:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from cache_builder.cache_table import class_lines, histogram, survey_result
 from cache_builder.errors import ArtifactError
 from cache_builder.formats import TokenCache
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.manifest import CacheManifest, LayerInfo
 from cache_builder.quality import Agreement, mean_agreement
 from tests import factories
 
+GOLDEN = Path(__file__).parent.parent / "golden/v1/webdataset"
 BAD = {"a/bad.png": b"", "b/worse.png": b"", "b/zz.jpg": b"no image"}
 
 
@@ -81,6 +84,52 @@ def test_a_further_tokenizer_of_a_cache_is_counted_by_itself(tmp_path, codebook_
     assert found.counts.tolist() == [np.bincount(ids, minlength=3).tolist()]
     assert found.part_bytes["image"] == sum(map(len, images))
     assert survey(path).counts.shape == (1, 6)
+
+
+def test_each_tokenizer_of_a_cache_is_listed_and_shown_on_request(
+    patchcache, tmp_path, codebook_path, layout
+):
+    further = factories.write_codebook(tmp_path / "two.safetensors", colours=factories.COLOURS[:3])
+    path, second = build_two(tmp_path, codebook_path, further, layout=layout)
+    first, page = Codebook.load(codebook_path).fingerprint, tmp_path / "page.html"
+    for shown, other, vocab_size, words in (
+        (first, second, 6, ()),
+        (second, first, 3, ("--tokenizer", second[:6])),
+    ):
+        result = json.loads(patchcache("inspect", path, *words, "--json").out)
+        assert (result["fingerprint"], result["vocab_size"]) == (shown, vocab_size)
+        assert result["tokenizers"] == [
+            {"fingerprint": first, "num_views": 2}, {"fingerprint": second, "num_views": 2}
+        ]  # fmt: skip
+        text = patchcache("inspect", path, *words, "--page", page).out
+        for document in (text, page.read_text()):
+            assert f"{shown}, 2 views: the one counted here" in document
+            assert f"{other}, 2 views: --tokenizer {other[:8]} counts it" in document
+        assert f"K = {vocab_size}, " in page.read_text()
+    refused = patchcache("inspect", path, "--tokenizer", "f00")
+    assert refused.status == 1
+    assert f"holds targets of tokenizers {min(first, second)}, " in refused.err
+
+
+def test_a_cache_of_one_tokenizer_does_not_list_it_twice(patchcache, tmp_path, codebook_path):
+    out = patchcache("inspect", build(tmp_path, codebook_path)).out
+    assert out.count(Codebook.load(codebook_path).fingerprint) == 1
+    assert "tokenizer " not in out
+
+
+def test_views_of_a_tokenizer_are_those_of_all_its_layers():
+    spec = CacheManifest.load(GOLDEN).spec
+    manifest = CacheManifest.load(GOLDEN)
+    layer = {"name": "", "manifest": manifest.codebook}
+    layers = (
+        LayerInfo(fingerprint="b", first_view=0, num_views=3, **layer),
+        LayerInfo(fingerprint=spec.fingerprint, first_view=3, num_views=2, **layer),
+        LayerInfo(fingerprint="a", first_view=0, num_views=3, **layer),
+        LayerInfo(fingerprint="b", first_view=3, num_views=4, **layer),
+    )
+    found = manifest.model_copy(update={"layers": layers}).tokenizers
+    own = spec.view_spec.num_views + 2
+    assert list(found.items()) == [(spec.fingerprint, own), ("a", 3), ("b", 7)]
 
 
 def test_a_cache_on_an_object_store_is_counted_as_a_local_one(

@@ -1,13 +1,11 @@
 """The command line speaks to a person, and to a pipe."""
 
-import contextlib
 import json
-import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -75,6 +73,18 @@ def test_wrong_usage_exits_with_2(patchcache, words):
     ("words", "message"),
     [
         ("inspect nowhere", "patchcache inspect: There is nothing at nowhere."),
+        (
+            "inspect some.tar --max-images 1",
+            "patchcache inspect: --max-images bounds a cache, or a",
+        ),
+        (
+            "inspect some.tar --device cpu",
+            "patchcache inspect: --device and --weights are of the mo",
+        ),
+        (
+            "inspect some.tar --tokenizer 0",
+            "patchcache inspect: --tokenizer chooses one of a cache's, and some.tar is no cache.",
+        ),
         ("verify .", "patchcache verify: . is not a cache: it has neither manifest.json nor"),
         (
             "build --images x --codebook nowhere --out cache",
@@ -190,32 +200,25 @@ def test_an_interrupt_is_one_line_and_exits_with_130(tmp_path, codebook_path):
     factories.build_cache(
         images=str(images), codebook=codebook_path, out=cache, images_in_cache="none"
     )
-    # The one image becomes a file that never gives its content.
-    waits = images / "a/000.jpg"
-    waits.unlink()
-    os.mkfifo(waits)
+    # The one image is on a server that takes the question and never answers.
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(120)
     process = subprocess.Popen(
-        [*CLI, "verify", cache, "--retokenize", "1"],
+        [*CLI, "verify", cache, "--retokenize", "1",
+         "--images", f"http://127.0.0.1:{server.getsockname()[1]}/images"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    writer = None
-    while writer is None:
-        assert process.poll() is None, process.stderr.read()
-        try:
-            writer = os.open(waits, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads it yet
-            time.sleep(0.02)
-    out = None
-    for _ in range(6):
-        # Python misses a signal that comes just before a system call blocks; a user presses again.
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            out, err = process.communicate(timeout=5)
-            break
-    process.kill()
-    os.close(writer)
+    )  # fmt: skip
+    connection, _ = server.accept()
+    assert connection.recv(4) == b"GET "
+    process.send_signal(signal.SIGINT)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        connection.close()
+        server.close()
     assert process.returncode == 130
     assert err.splitlines()[-1] == "stopped; the same command continues"
     assert "Traceback" not in err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from cache_builder.errors import ConfigError
 from cache_builder.ray_cluster import ClusterOptions, connect
 from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
+from tests.servers import FileServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BIN = Path(sys.executable).parent
@@ -189,6 +192,92 @@ def test_a_unit_that_kills_every_worker_is_named_when_the_others_are_done(cluste
     assert "Everything else is done and kept" in last
 
 
+def test_half_a_gpu_each_puts_two_workers_on_the_node_that_brings_one(cluster):
+    job = Job(cluster.address, num_units=24, seconds=0.2, workers=2, gpus=0.5, at_once=2)
+    try:
+        job.wait_until(lambda: job.err)
+        assert re.search(r"no node has room for a worker of 1 CPUs and 0\.5 GPUs: the cluster has "
+                         r"3 CPUs and 0 GPUs on 3 nodes\. Waiting for one", job.err[0])  # fmt: skip
+        assert job.finished == []
+        added = cluster.add_node(num_cpus=2, num_gpus=1)
+        status, err = job.end()
+        cluster.remove_node(added)
+    finally:
+        job.process.kill()
+    assert status == 0, err
+    assert job.units == list(range(24))
+    assert len(job.nodes) == 1
+    assert {tuple(line["gpus"]) for line in job.finished} == {("0",)}
+    pids = {line["pid"] for line in job.finished}
+    assert len(pids) == 2
+    for pid in pids:
+        spans = sorted(line["span"] for line in job.finished if line["pid"] == pid)
+        overlaps = [after[0] < before[1] for before, after in pairwise(spans)]
+        assert any(overlaps)
+
+
+def test_a_build_whose_workers_have_two_units_at_hand_gives_the_same_bytes(
+    tmp_path, codebook_path, cluster
+):
+    images = factories.write_folder(tmp_path / "photos", factories.photo_images(24))
+    settings = {"images": str(images), "codebook": codebook_path, "unit_size": 2}
+    added = cluster.add_node(num_cpus=4, num_gpus=1)
+    done = patchcache(
+        "build", "--images", images, "--codebook", codebook_path, "--out", tmp_path / "cache",
+        "--unit-size", 2, "--device", "cpu", "--ray-address", cluster.address,
+        "--gpus-per-worker", 0.5, "--cpus-per-worker", 2,
+    )  # fmt: skip
+    cluster.remove_node(added)
+    assert done.returncode == 0, done.stderr
+    factories.build_cache(**settings, out=tmp_path / "alone")
+    for part in ("shards", "units"):
+        expected = factories.contents(tmp_path / "alone" / part)
+        assert factories.contents(tmp_path / "cache" / part) == expected
+
+
+@pytest.fixture
+def small_node(cluster, monkeypatch):
+    """A node of one CPU and one GPU that has 1.5 GB of memory left, as its Ray sees it."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    used = kilobytes["MemTotal"] - kilobytes["MemAvailable"]
+    share = (used + 1.5e6) / kilobytes["MemTotal"]
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{share:.6f}")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    monkeypatch.undo()
+    yield node
+    cluster.remove_node(node)
+
+
+@pytest.mark.usefixtures("small_node")
+def test_where_memory_is_short_the_pool_gets_smaller_and_the_unit_is_done_elsewhere(cluster):
+    job = Job(cluster.address, num_units=16, seconds=0.5, workers=4, hungry=list(range(16)))
+    try:
+        status, err = job.end()
+    finally:
+        job.process.kill()
+    assert status == 0, err
+    assert job.units == list(range(16))
+    assert re.search(r"; 3 (workers )?remain: .*killed due to the node running low on memory", err)
+
+
+@pytest.mark.usefixtures("small_node")
+def test_a_unit_that_memory_is_too_small_for_is_given_up_with_what_to_do(cluster):
+    job = Job(cluster.address, num_units=3, workers=1, gpus=1, hungry=[1])
+    try:
+        status, err = job.end()
+    finally:
+        job.process.kill()
+    assert status == 1
+    last = err.splitlines()[-1]
+    # Where other programs take the rest of the memory, no worker gets as far as its unit.
+    assert "given up: unit 1 (" in last or "Ray workers die before they can take work" in last
+    assert 1 not in job.units
+    assert "running low on memory" in last
+    assert "The node ran out of memory: run the same command again with fewer --workers" in last
+
+
 def metrics_of(cluster):
     """Return the metrics pages of all nodes as one text, which is what Prometheus reads."""
     from ray._raylet import GcsClient
@@ -278,7 +367,8 @@ def test_an_address_that_a_driver_cannot_join_is_refused_by_name(tmp_path, codeb
     assert "pass --ray-address local" in done.stderr
 
 
-def test_a_head_node_that_is_gone_is_one_line():
+@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+def test_a_head_node_that_is_gone_is_one_line(process):
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
@@ -288,8 +378,8 @@ def test_a_head_node_that_is_gone_is_one_line():
     job = Job(address, num_units=1000, patience=3)
     try:
         job.wait_until(lambda: job.finished)
-        for process in cluster.head_node.all_processes["gcs_server"]:
-            os.kill(process.process.pid, signal.SIGKILL)
+        for gone in cluster.head_node.all_processes[process]:
+            os.kill(gone.process.pid, signal.SIGKILL)
         status, err = job.end()
     finally:
         job.process.kill()
@@ -311,14 +401,18 @@ def descendants(pid):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_build_that_is_stopped_says_what_is_kept_and_leaves_nothing_running(
-    tmp_path, codebook_path, number
+    request, tmp_path, codebook_path, number
 ):
-    photos = factories.write_folder(tmp_path / "photos", factories.photo_images(6))
-    waits = photos / "b/005.jpg"  # gives its content never
-    waits.unlink()
-    os.mkfifo(waits)
+    photos = factories.photo_images(5)
+    factories.write_folder(tmp_path, photos)
+    server = FileServer({})  # that takes a question and never answers
+    request.addfinalizer(server.close)
+    server.answers.clear()
+    images = tmp_path / "images.txt"
+    url = server.url.replace("127.0.0.1", "localhost")  # its key comes last
+    images.write_text("\n".join([*photos, f"{url}/5.jpg"]))
     words = [
-        "build", "--images", photos, "--codebook", codebook_path, "--out", tmp_path / "cache",
+        "build", "--images", images, "--codebook", codebook_path, "--out", tmp_path / "cache",
         "--unit-size", "2", "--workers", "1", "--device", "cpu", "--ray-address", "local",
     ]  # fmt: skip
     process = subprocess.Popen(

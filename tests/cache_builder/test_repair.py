@@ -5,7 +5,9 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from cache_builder import unit_checks
 from cache_builder.errors import ArtifactError, CacheInUseError, TokenizerMismatchError
@@ -262,6 +264,29 @@ def test_tars_that_have_moved_are_read_where_they_lie_now(tmp_path, images_in_ca
         report = check(cache, repair=True, images=f"{tmp_path}/{place}")
         assert (report.problems, report.refused) == ([], [])
         assert factories.contents(cache) == before
+
+
+@pytest.mark.parametrize("unit_size", [None, 3, 700])
+def test_a_plan_of_large_row_groups_is_written_again(tmp_path, codebook_path, unit_size):
+    small = factories.encode(factories.draw_patches(factories.random_ids(0)))
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, sizes in (("a", [1100, 500, 500, 60]), ("b", [5, 2, 2]), ("c", [0])):
+        schema = pa.schema([("image", pa.binary())])
+        with parquet.ParquetWriter(images / f"{name}.parquet", schema) as writer:
+            for size in sizes:
+                writer.write_table(pa.table({"image": [small] * size}, schema))
+    settings = {"images": str(images), "codebook": codebook_path, "images_in_cache": "none"}
+    cache = tmp_path / "cache"
+    manifest = factories.build_cache(out=cache, unit_size=unit_size, **settings)
+    assert manifest.spec.unit_size == 1152
+    before = factories.contents(cache)
+    flip(cache / "plan/000001.json")
+    remove(cache / "plan/000002.json")
+    flip(cache / "units/000000.json")
+    report = check(cache, repair=True)
+    assert (report.problems, report.refused) == ([], [])
+    assert factories.contents(cache) == before
 
 
 def test_a_codebook_without_a_copy_is_refused_by_its_fingerprint(tars, finished):

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+from cache_builder import sampling
 from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import PixelRule
 from cache_builder.formats.manifest import PlanRow, PlanUnit, SourceInfo
@@ -309,3 +311,23 @@ def test_a_folder_that_is_no_sample_is_left_alone(images, tmp_path):
     with pytest.raises(ConfigError, match="it is not a sample"):
         draw_sample(scan(images), make_extractor(PIXEL, CPU), SampleOptions(10), tmp_path / "store")
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["mine.txt"]
+
+
+def test_cpus_of_a_worker_decode_at_once_and_the_sample_stays_the_same(
+    images, tmp_path, monkeypatch
+):
+    extractor, threads = make_extractor(PIXEL, CPU), threading.Barrier(3)
+    told = {"budget": 200, "cluster": ClusterOptions(num_workers=0)}
+    alone = draw_sample(scan(images), extractor, SampleOptions(**told), tmp_path / "alone")
+    first = iter(range(3))
+
+    def wait_and_decode(data):
+        if next(first, None) is not None:
+            threads.wait(timeout=60)  # three images are decoded at once, or this breaks
+        return decode(data)
+
+    monkeypatch.setattr(sampling, "decode", wait_and_decode)
+    told["cluster"] = ClusterOptions(num_workers=0, cpus_per_worker=3)
+    together = draw_sample(scan(images), extractor, SampleOptions(**told), tmp_path / "together")
+    assert factories.contents(tmp_path / "alone") == factories.contents(tmp_path / "together")
+    assert together.num_images == alone.num_images > 0

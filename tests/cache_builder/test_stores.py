@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -20,11 +21,12 @@ from cache_builder.stores import (
 )
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def location(request, tmp_path):
     if request.param == "local":
         return str(tmp_path / "cache")
-    return request.getfixturevalue("bucket") + "/some/prefix"
+    bucket = {"s3": "bucket", "gs": "google_bucket"}[request.param]
+    return request.getfixturevalue(bucket) + "/some/prefix"
 
 
 @pytest.fixture
@@ -116,7 +118,8 @@ def test_locations_are_joined_and_made_absolute(location):
     assert read_location(join_location(location, "file")) == b"content"
 
 
-def test_a_second_driver_is_refused_by_name(store):
+def test_a_second_driver_is_refused_by_name(store, monkeypatch):
+    monkeypatch.setattr(object_store, "_BEAT_S", 0.2)
     with (
         store.lock("process 7 on host"),
         pytest.raises(CacheInUseError, match="is being written by process 7 on host"),
@@ -137,6 +140,16 @@ with open_store(sys.argv[1]).lock("a process that is killed"):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_lock_lives_on_for_as_long_as_it_is_held(location, monkeypatch, caplog):
+    monkeypatch.setattr(object_store, "_BEAT_S", 0.05)
+    monkeypatch.setattr(object_store, "_LOST_AFTER_S", 1.0)
+    with open_store(location).lock("the first"):
+        time.sleep(0.5)
+        with pytest.raises(CacheInUseError), open_store(location).lock("the second"):
+            pass
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_the_lock_of_a_driver_that_was_killed_is_taken(location, monkeypatch):

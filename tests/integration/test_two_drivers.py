@@ -1,6 +1,5 @@
 """Two drivers on one output: the second is refused by name, and comes in when the first is dead."""
 
-import os
 import re
 import socket
 
@@ -9,6 +8,7 @@ import pytest
 from cache_builder import object_store
 from cache_builder.stores import open_store
 from tests.integration import builds
+from tests.servers import FileServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, builds.KILLS_CLIENTS]
 
@@ -20,12 +20,15 @@ def test_a_second_driver_is_refused_by_name_until_the_first_is_killed(
     monkeypatch.setattr(object_store, "_BEAT_S", 0.2)
     monkeypatch.setattr(object_store, "_LOST_AFTER_S", 1.0)
     _, codebooks = inputs
-    images = builds.write_images(tmp_path / "images")
-    # The first driver gets no further than this unit: its file never gives its content.
-    waits = images / "b/059.jpg"
-    content = waits.read_bytes()
-    waits.unlink()
-    os.mkfifo(waits)
+    folder = builds.write_images(tmp_path / "images")
+    *names, last = sorted(str(path.relative_to(tmp_path)) for path in folder.rglob("*.jpg"))
+    # The first driver gets no further than this unit: the server does not answer.
+    server = FileServer({"last.jpg": (tmp_path / last).read_bytes()})
+    request.addfinalizer(server.close)
+    server.answers.clear()
+    images = tmp_path / "images.txt"
+    url = server.url.replace("127.0.0.1", "localhost")  # its key comes last
+    images.write_text("\n".join([*names, f"{url}/last.jpg"]))
     out = tmp_path / "cache" if place == "local" else request.getfixturevalue("bucket") + "/cache"
     options = builds.options_of(images, codebooks, out)
     words = builds.words_of(options)
@@ -44,8 +47,7 @@ def test_a_second_driver_is_refused_by_name_until_the_first_is_killed(
     assert len(waits_for) == (place == "s3")  # it says that it looks for signs of life
     holder = f"process {first.pid} on {re.escape(socket.gethostname())}"
     assert re.search(rf"patchcache build: {out} is being written by {holder}\. Wait for it", line)
-    waits.unlink()
-    waits.write_bytes(content)
+    server.answers.set()
     builds.build_here(options)
     assert open_store(out).exists("manifest.json")
     assert not open_store(out).exists(".lock")

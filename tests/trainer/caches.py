@@ -23,7 +23,9 @@ def tiny_config(**sections):
 def make_cache(root: Path, *, num_images=24, layout="webdataset", views=2, **settings) -> Path:
     """Build a cache of drawn patches in known colours, half of them in class a, half in b."""
     images = factories.write_folder(root / "images", factories.patch_images(num_images))
-    codebook = factories.write_codebook(root / "codebook.safetensors")
+    # Two colours are one to three times the named mean squared distance apart.
+    distance = 255**2 * factories.PATCH**2
+    codebook = factories.write_codebook(root / "codebook.safetensors", objective=(distance,))
     factories.build_cache(
         images=str(images), codebook=codebook, out=root / "cache", num_views=views,
         layout=layout, unit_size=10, **settings,

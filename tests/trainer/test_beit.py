@@ -81,3 +81,94 @@ def test_the_decoder_knows_where_a_masked_patch_is(make):
 def test_a_ratio_that_masks_nothing_or_everything_is_refused(make, mask_ratio):
     with pytest.raises(ConfigError, match=r"mask_ratio .* masks \d+ of the 16 patches"):
         make("keep", mask_ratio=mask_ratio)
+
+
+AGGREGATION = {"aggregation_blocks": 2, "aggregation_layer": 1}
+
+
+@pytest.mark.parametrize("masked_tokens", ["keep", "drop"])
+def test_the_second_prediction_does_not_see_what_is_masked(make, masked_tokens):
+    objective = make(masked_tokens, **AGGREGATION).eval()
+    images, _ = drawn_batch(2)
+    masks = objective.masks.draw(draws(2))
+    _, before = objective.predictions(images, masks)
+    _, same = objective.predictions(paint(images, masks.hidden, 0.9), masks)
+    _, other = objective.predictions(paint(images, ~masks.hidden, 0.9), masks)
+    assert before.shape == (2, 8, VOCAB)
+    assert torch.equal(before, same)
+    assert not torch.allclose(before, other)
+
+
+@pytest.mark.parametrize("masked_tokens", ["keep", "drop"])
+def test_the_second_prediction_is_made_of_the_last_class_token_and_early_patches(
+    make, masked_tokens
+):
+    objective = make(masked_tokens, model={"depth": 3}, **AGGREGATION).eval()
+    images, _ = drawn_batch(2)
+    masks = objective.masks.draw(draws(2))
+    vit, hiding = objective.vit, objective.hiding
+    patches = vit.patch_embed(objective.normalise(images))
+    if masked_tokens == "keep":
+        for sample, at in enumerate(masks.masked_at):
+            patches[sample, at] = hiding.mask_token[0, 0]
+    tokens = vit._pos_embed(patches)
+    if masked_tokens == "drop":
+        rows = [torch.cat([each[:1], each[1:][~hidden]])
+                for each, hidden in zip(tokens, masks.hidden, strict=True)]  # fmt: skip
+        tokens = torch.stack(rows)
+    early = vit.blocks[0](tokens)
+    last = vit.blocks[2](vit.blocks[1](early))
+    mixed = torch.cat([last[:, :1], early[:, 1:]], dim=1)
+    for block in objective.aggregation.blocks:
+        mixed = block(mixed)
+    every = vit.norm(mixed)
+    every = (
+        every[:, 1:] if masked_tokens == "keep" else hiding.decoder(every, hiding.mask_token, masks)
+    )
+    expected = torch.stack(
+        [objective.head(rows[hidden]) for rows, hidden in zip(every, masks.hidden, strict=True)]
+    )
+    torch.testing.assert_close(objective.predictions(images, masks)[1], expected)
+
+
+@pytest.mark.parametrize("masked_tokens", ["keep", "drop"])
+def test_the_losses_of_both_predictions_are_added(make, masked_tokens):
+    objective = make(masked_tokens, **AGGREGATION).eval()
+    images, targets = drawn_batch(2)
+    result = objective(images, targets, draws(2))
+    masks = objective.masks.draw(draws(2))
+    wanted = targets.token_ids.gather(1, masks.masked_at)
+    losses = [
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        for logits in objective.predictions(images, masks)
+    ]
+    torch.testing.assert_close(result["loss"], losses[0] + losses[1])
+    torch.testing.assert_close(result["cross_entropy"], losses[0].detach())
+    torch.testing.assert_close(result["aggregation_cross_entropy"], losses[1].detach())
+
+
+def test_the_extra_blocks_begin_as_in_the_code_of_beit_v2(make):
+    objective = make("keep", model={"depth": 3, "layer_scale": 0.1}, **AGGREGATION)
+    for number, block in enumerate(objective.aggregation.blocks, start=2):
+        default = (3 * 32) ** -0.5  # of torch's linear layers with 32 inputs
+        assert float(block.attn.qkv.weight.detach().std()) == pytest.approx(default, rel=0.1)
+        scaled = default / (2 * number) ** 0.5
+        assert float(block.attn.proj.weight.detach().std()) == pytest.approx(scaled, rel=0.1)
+        assert (block.ls1.gamma == 0.1).all()
+    assert not torch.equal(block.attn.qkv.weight, objective.vit.blocks[2].attn.qkv.weight)
+
+
+def test_aggregation_needs_a_class_token(make):
+    with pytest.raises(ConfigError, match=r"needs a class token, and this ViT has none"):
+        make("keep", model={"name": "vit_base_patch16_siglip_gap_224"}, **AGGREGATION)
+
+
+def test_aggregation_needs_a_block_before_the_last(make):
+    with pytest.raises(ConfigError, match=r"layer 2 is not an early block .* Set it to 1 \.\. 1"):
+        make("keep", aggregation_blocks=2, aggregation_layer=2)
+
+
+@pytest.mark.parametrize("key", sorted(AGGREGATION))
+def test_aggregation_blocks_and_layer_go_together(make, key):
+    with pytest.raises(ConfigError, match=r"go together; set both"):
+        make("keep", **{key: 1})

@@ -1,7 +1,13 @@
-import pytest
+import logging
 
+import pytest
+from typer.testing import CliRunner
+
+from cache_builder.cli import app
 from cache_builder.errors import ConfigError
+from tests.trainer.caches import TINY
 from trainer.config import load_config, recipe_names
+from trainer.objectives import METHOD_NAMES
 
 
 def test_every_recipe_of_ours_loads():
@@ -47,3 +53,59 @@ def test_a_recipe_that_is_not_toml_says_where(tmp_path):
     path.write_text("[run\nsteps = 1")
     with pytest.raises(ConfigError, match=r"broken\.toml"):
         load_config(path)
+
+
+def test_a_method_alone_is_trained_by_the_recipe_of_its_name():
+    for name in METHOD_NAMES:
+        assert load_config(method=name) == load_config(name)
+        assert load_config(name).objective.method == name
+
+
+def test_a_method_takes_the_place_of_the_recipes_and_keeps_the_settings_it_knows(caplog):
+    with caplog.at_level(logging.INFO, logger="trainer.config"):
+        config = load_config("beitv2", ["objective.visible_weight=0.5"], method="dmjd")
+    assert config.objective.method == "dmjd"
+    assert config.objective.mask_kind == "block"
+    assert config.objective.visible_weight == 0.5
+    assert config.optim == load_config("beitv2").optim
+    (line,) = caplog.messages
+    assert line == ("of beitv2, dmjd has no aggregation_blocks, aggregation_layer; left out")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "method", "message"),
+    [
+        (None, [], None, r"Name a recipe or a method.*beit_drop.*dmjd"),
+        ("beit", [], "biet", r"no method 'biet'. Pass --method with one of: .*dmjd"),
+        ("beit", ["objective.method=mcbeit"], "dmjd", r"contradict.*Leave one of them out"),
+        ("beit", ["objective.aggregation_blocks=2"], "dmjd", r"Unknown key .*aggregation_blocks"),
+    ],
+)
+def test_a_wrong_choice_of_method_is_refused(recipe, overrides, method, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, overrides, method=method)
+
+
+def test_the_help_of_train_lists_the_recipes():
+    text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output
+    assert f"({', '.join(recipe_names())})" in " ".join(text.split())
+
+
+def test_the_command_trains_by_a_method_into_a_folder_of_its_name(
+    tiny_cache, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    sets = [
+        f"{section}.{key}={value}"
+        for section in ("data", "model", "optim", "run")
+        for key, value in TINY[section].items()
+    ]
+    sets.append("data.num_workers=0")
+    words = [word for each in sets for word in ("--set", each)]
+    for choice, name in (
+        (["--method", "mcbeit"], "mcbeit"),
+        (["beit_drop", "--method", "dmjd"], "beit_drop-dmjd"),
+    ):
+        done = CliRunner().invoke(app, ["train", *choice, "--cache", str(tiny_cache), *words])
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / "runs" / name / "log.jsonl").is_file()

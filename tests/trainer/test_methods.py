@@ -6,7 +6,18 @@ import torch
 from tests.trainer.methods import GRID, NUM_PATCHES, VOCAB, draws, make_objective, read_batch
 
 # Settings with which a method runs on the tiny cache of `tiny_cache`.
-SETTINGS = [("beit", {}), ("beit", {"masked_tokens": "drop"})]
+SETTINGS = [
+    ("beit", {}),
+    ("beit", {"masked_tokens": "drop"}),
+    ("beit", {"aggregation_blocks": 2, "aggregation_layer": 1}),
+    ("beit", {"masked_tokens": "drop", "aggregation_blocks": 1, "aggregation_layer": 1}),
+    ("mcbeit", {}),
+    ("mcbeit", {"masked_tokens": "drop"}),
+    ("mcbeit", {"similarity_weight": 0}),
+    ("dmjd", {}),
+    ("dmjd", {"masked_tokens": "drop"}),
+    ("dmjd", {"mask_kind": "block", "visible_weight": 0}),
+]
 
 
 @pytest.fixture(params=SETTINGS, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))

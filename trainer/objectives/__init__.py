@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from trainer.objectives.interface import Method
 
-METHOD_NAMES: Final = ("beit",)
+METHOD_NAMES: Final = ("beit", "mcbeit", "dmjd")
 
 
 def load_method(name: str) -> Method:

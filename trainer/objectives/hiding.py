@@ -6,12 +6,15 @@ decoder sees its output and a mask token per masked patch. Dropping is two to th
 and learns more per minute.
 """
 
+import copy
+import math
 from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from cache_builder.errors import ConfigError
 from trainer.draws import SampleGenerator
@@ -121,17 +124,29 @@ class Hiding(nn.Module):
             patches: (B, N, D), what `vit.patch_embed` returned, or some change of it.
             masks: Which are hidden.
         """
-        if self.decoder is None:
-            hidden = masks.hidden[..., None]
-            patches = torch.where(hidden, self.mask_token.to(patches.dtype), patches)
-            encoded = encode(vit, vit._pos_embed(patches))
-            return encoded[:, vit.num_prefix_tokens :]
-        encoded = encode(vit, visible_tokens(vit, patches, masks))
-        return self.decoder(encoded, self.mask_token, masks)
+        return self.rows(vit, encode(vit, self.tokens(vit, patches, masks)), masks)
 
-    def masked_rows(self, vit: VisionTransformer, patches: Tensor, masks: Masks) -> Tensor:
-        """Return the rows of the masked patches alone, (B, m, width)."""
-        return take(self(vit, patches, masks), masks.masked_at)
+    def tokens(self, vit: VisionTransformer, patches: Tensor, masks: Masks) -> Tensor:
+        """Return what the encoder's blocks are given, with positions.
+
+        Returns:
+            (B, prefix + N, D), or with `drop` (B, prefix + N - m, D).
+        """
+        if self.decoder is not None:
+            return visible_tokens(vit, patches, masks)
+        hidden = masks.hidden[..., None]
+        return vit._pos_embed(torch.where(hidden, self.mask_token.to(patches.dtype), patches))
+
+    def rows(self, vit: VisionTransformer, encoded: Tensor, masks: Masks) -> Tensor:
+        """Return the rows of all patches, (B, N, width), of what became of `tokens`."""
+        if self.decoder is not None:
+            return self.decoder(encoded, self.mask_token, masks)
+        return encoded[:, vit.num_prefix_tokens :]
+
+    def visible_rows(self, vit: VisionTransformer, encoded: Tensor, masks: Masks) -> Tensor:
+        """Return the encoder's own output at the visible patches, (B, N - m, D)."""
+        patches = encoded[:, vit.num_prefix_tokens :]
+        return take(patches, masks.visible_at) if self.decoder is None else patches
 
 
 class Decoder(nn.Module):
@@ -169,6 +184,81 @@ class Decoder(nn.Module):
 def encode(vit: VisionTransformer, tokens: Tensor) -> Tensor:
     """Run the blocks of a ViT and its final norm on tokens that have their positions."""
     return vit.norm(vit.blocks(vit.norm_pre(tokens)))
+
+
+def encode_with_early(vit: VisionTransformer, tokens: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Return the output of the last block and that of block `layer`, from 1, both before the norm.
+
+    Args:
+        vit: The encoder.
+        tokens: (B, n, D), with positions.
+        layer: At least 1.
+    """
+    early = vit.blocks[:layer](vit.norm_pre(tokens))
+    return vit.blocks[layer:](early), early
+
+
+class ClassTokenHead(nn.Module):
+    """Extra blocks over the class token of the last block and the patches of an early one.
+
+    Patch aggregation, BEiT v2 (arXiv:2208.06366). What the early patches lack, only the class token
+    can bring, so it learns to hold what the whole picture shows. The blocks are no part of the
+    encoder and not exported.
+    """
+
+    def __init__(self, vit: VisionTransformer, num_blocks: int, layer: int) -> None:
+        """Make blocks in the shape of those that follow block `layer`, from 1, of a ViT.
+
+        Their initialisation is the one that BEiT v2's code leaves them with: torch's default, wider
+        than the encoder's, with output projections divided by sqrt(2 i) for block i.
+
+        Raises:
+            ConfigError: The ViT has no class token, or no blocks after that layer.
+        """
+        super().__init__()
+        depth = len(vit.blocks)
+        if not vit.has_class_token:
+            raise ConfigError(
+                "objective.aggregation_blocks needs a class token, and this ViT has none. Pick a "
+                "model.name with one, as vit_base_patch16_224, or leave out both aggregation keys."
+            )
+        if not 1 <= layer < depth:
+            raise ConfigError(
+                f"objective.aggregation_layer {layer} is not an early block of a ViT of {depth}. "
+                f"Set it to 1 .. {depth - 1}; BEiT v2 takes block 9 of 12 and 21 of 24."
+            )
+        blocks = []
+        for i in range(layer, layer + num_blocks):
+            block = copy.deepcopy(vit.blocks[min(i, depth - 1)])
+            for part in block.modules():
+                if hasattr(part, "reset_parameters"):
+                    part.reset_parameters()
+            with torch.no_grad():
+                for projection in (block.attn.proj, block.mlp.fc2):
+                    projection.weight.div_(math.sqrt(2 * (i + 1)))
+            blocks.append(block)
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, last: Tensor, early: Tensor) -> Tensor:
+        """Return what the blocks make of it, (B, prefix + n, D), before a norm.
+
+        Args:
+            last: (B, prefix + n, D), output of the last block, its class token first.
+            early: (B, prefix + n, D), output of the early block.
+        """
+        return self.blocks(torch.cat([last[:, :1], early[:, 1:]], dim=1))
+
+
+def token_loss(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy and the share of patches whose likeliest id is the right one.
+
+    Args:
+        logits: (B, n, K).
+        token_ids: (B, n) int64.
+    """
+    # Rounded to bfloat16, the logits of a large vocabulary lose the loss's last digits.
+    loss = cross_entropy(logits.float().flatten(0, 1), token_ids.flatten())
+    return loss, (logits.detach().argmax(-1) == token_ids).float().mean()
 
 
 def visible_tokens(vit: VisionTransformer, patches: Tensor, masks: Masks) -> Tensor:

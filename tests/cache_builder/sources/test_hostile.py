@@ -3,7 +3,9 @@
 import gzip
 import io
 import json
+import os
 import pickle
+import socket
 import struct
 import tarfile
 import zipfile
@@ -247,3 +249,51 @@ def test_a_cut_compressed_tar_is_refused(tmp_path):
             listed(path)
     path.write_bytes(gzip.compress(plain[:2048]) + gzip.compress(plain[2048:]))
     assert read_all(path) == {"a": GOOD * 50}
+
+
+@pytest.mark.timeout(60)
+def test_pipes_and_sockets_among_images_are_recorded_and_never_waited_for(
+    tmp_path, codebook_path, monkeypatch
+):
+    images = factories.write_folder(tmp_path / "images", {"a/good.png": GOOD})
+    os.mkfifo(images / "a/pipe.jpg")
+    os.mkfifo(images / "a/pipe.txt")
+    monkeypatch.chdir(images / "a")  # the name of a socket is short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket.jpg")
+        out = tmp_path / "cache"
+        manifest = factories.build_cache(images=str(images), codebook=codebook_path, out=out)
+    assert (manifest.num_samples, manifest.num_skipped) == (1, 2)
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert {sample["source"]: sample["reason"] for sample in skipped} == {
+        "a/pipe.jpg": "it is a named pipe, not a file",
+        "a/socket.jpg": "it is a socket, not a file",
+    }
+
+
+@pytest.mark.timeout(60)
+def test_pipes_and_folders_with_the_names_of_archives_are_left_out_by_name(tmp_path, caplog):
+    images = factories.write_folder(tmp_path / "images", {"a.zip/good.png": GOOD})
+    for name in ("pipe.tar", "pipe.parquet"):
+        os.mkfifo(images / name)
+    assert read_all(images) == {"a.zip/good".replace(".", "_-2E"): GOOD}
+    assert f"{images}/pipe.tar is not a file and is left out" in caplog.text
+    (images / "gone.tar").symlink_to(tmp_path / "nothing")
+    with pytest.raises(SourceError, match=r"gone.tar cannot be opened: No such file"):
+        listed(images)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["pipe.tar", "pipe.zip", "pipe.parquet", "pipe.txt"])
+def test_a_pipe_in_the_place_of_a_source_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SourceError, match=f"{name} is neither a file nor a folder. Pass a folder"):
+        listed(tmp_path / name)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_that_a_list_names_is_recorded(tmp_path):
+    folder = factories.write_folder(tmp_path, {"good.png": GOOD, "list.txt": b"good.png\npipe.png"})
+    os.mkfifo(folder / "pipe.png")
+    images = read_all(folder / "list.txt")
+    assert images == {"good": GOOD, "pipe": "it is a named pipe, not a file"}

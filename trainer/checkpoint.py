@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints to resume from, and the ViT for timm.
+"""What a run leaves behind: checkpoints to resume from.
 
 A checkpoint is one file, `OUT/checkpoints/step_00000200.pt`, published whole. It holds the weights,
 the optimizer's state, the average of the ViT's weights if there is one, and a header in JSON; all
@@ -17,7 +17,6 @@ import zipfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import safetensors.torch
 import torch
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 from timm.models.vision_transformer import VisionTransformer
@@ -38,7 +37,6 @@ from trainer.model import VitSpec, build_vit
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-EXPORT_METADATA_KEY = "patchcache"
 
 # Settings that say how long, how often and where, and nothing about what is learned at a step.
 FREE_ON_RESUME: Final = frozenset(
@@ -50,6 +48,9 @@ FREE_ON_RESUME: Final = frozenset(
         "run.log_every",
         "run.checkpoint_every",
         "run.keep_checkpoints",
+        "run.picture_every",
+        "run.peak_flops",
+        "run.wandb_project",
         "data.num_workers",
         "data.micro_batch_size",
         "data.images",
@@ -301,42 +302,3 @@ def check_resume(
             f"{path} was trained with other settings: {listed}. "
             "Go back to those, or start a new run with another --out."
         )
-
-
-def export(checkpoint: str | Path, out: str | Path) -> str:
-    """Write the ViT of a checkpoint as timm's state dict, in one `.safetensors` file.
-
-    The same checkpoint gives the same bytes. The metadata entry `patchcache` holds, in JSON, the
-    model and its arguments, the tokenizer's fingerprint, the step, and the mean and std of the
-    input.
-
-    Args:
-        checkpoint: The file, or the directory of a run, whose newest checkpoint is meant.
-        out: The file to write, replaced if it exists.
-
-    Returns:
-        The Python expression that loads it: `timm.create_model(...)`.
-
-    Raises:
-        ArtifactError: The checkpoint is missing or damaged.
-        ConfigError: `out` does not end in `.safetensors`.
-    """
-    out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out} must end in .safetensors: timm knows the format by it.")
-    loaded = load(checkpoint)
-    header, data = loaded.header, loaded.config.data
-    metadata = {
-        "model": header.model_name,
-        "arguments": header.model_arguments,
-        "fingerprint": header.cache.fingerprint,
-        "step": header.progress.step,
-        "mean": data.mean,
-        "std": data.std,
-    }
-    state = {name: tensor.contiguous() for name, tensor in loaded.vit_state.items()}
-    text = files.canonical_json(metadata).decode()
-    files.publish(out, safetensors.torch.save(state, metadata={EXPORT_METADATA_KEY: text}))
-    arguments = {**header.model_arguments, "checkpoint_path": str(out)}
-    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"timm.create_model({header.model_name!r}, {listed})"

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cache_builder.formats import CacheManifest, Codebook
-from trainer import distributed, pixels
+from trainer import distributed
 from trainer.config import TrainConfig
 from trainer.data import Batch
 from trainer.distributed import Ranks
-from trainer.draws import SampleGenerator, derived_seed
+from trainer.draws import derived_seed
 from trainer.model import build_objective, uses_bf16
 from trainer.optim import (
     WeightAverage,
@@ -31,6 +31,7 @@ from trainer.optim import (
     set_learning_rate,
     step_if_finite,
 )
+from trainer.viewer import step_inputs
 
 # Blocks differ by their rate of stochastic depth, and each rate is a graph of its own.
 _MOST_GRAPHS = 128
@@ -140,14 +141,8 @@ class Stepper:
         first = self._ranks.rank * self.share + start
         # timm's stochastic depth draws from torch's own generator.
         torch.manual_seed(derived_seed(config.run.seed, step, f"model {first}"))
-        generator = SampleGenerator(
-            config.run.seed, step, first=first, count=len(batch.keys), device=device
-        )
         share = len(batch.keys) / config.data.batch_size
-        targets = batch.targets(device)
-        images = targets.clean
-        if config.data.color_jitter:
-            images = pixels.jitter_colour(images, config.data.color_jitter, generator)
+        images, targets, generator = step_inputs(batch, config, step, device, first)
         with torch.autocast(device.type, torch.bfloat16, enabled=self._is_bf16):
             result = self._call(images, targets, generator)
         # The exchange takes the mean over ranks; the batch's gradient is their sum.

@@ -22,7 +22,7 @@ from cache_builder import files
 from cache_builder.errors import ConfigError, NotFiniteError
 from cache_builder.formats import CacheManifest, Codebook, TokenCache
 from trainer import checkpoint as checkpoints
-from trainer import distributed
+from trainer import distributed, flops
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
 from trainer.config import TrainConfig
 from trainer.data import BatchOrder, CachedViews, read_batches
@@ -32,6 +32,7 @@ from trainer.optim import learning_rate
 from trainer.run_log import LogRow, RunLog
 from trainer.session import Stopwatch, rare_collections, stop_request
 from trainer.step import State, Stepper
+from trainer.viewer import Viewer
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ class Trainer:
         self._spec: VitSpec = vit_spec(config.model, manifest, config.data.image_size)
         self._stepper = Stepper(config, manifest, codebook, ranks, device)
         self.objective = self._stepper.objective
+        self._viewer = Viewer(self.objective, config, codebook, manifest.grid, out_dir, device)
+        self._utilisation: flops.Utilisation | None = None
         share = self._stepper.share
         self._order = BatchOrder(
             [shard.num_samples for shard in manifest.shards],
@@ -204,6 +207,8 @@ class Trainer:
             while self.step < last_step:
                 with watch.waiting():
                     batch = next(batches)
+                if self.step == first_step:
+                    self._utilisation = self._viewer.utilisation(batch, self.step)
                 found = self._stepper.take(self.step, batch)
                 self.step += 1
                 self._unchecked.append((self.step, batch.keys, found))
@@ -215,6 +220,8 @@ class Trainer:
                     self._check()
                 if is_row_due:
                     self._log(log, watch)
+                if log is not None and self._viewer.is_picture_due(self.step):
+                    self._viewer.draw(log, batch, self.step)
                 if is_save_due:
                     self._save()
                 if leaving:
@@ -285,13 +292,18 @@ class Trainer:
         self._losses = self._losses[0], means["loss"]
         elapsed_s, waited_s, num_steps = watch.lap()
         waited_s = self._ranks.max(waited_s)  # the others wait for that rank
+        images_per_s = num_steps * self.config.data.batch_size / elapsed_s
+        mfu = None
+        if self._utilisation is not None:
+            mfu = self._utilisation.mfu(images_per_s, self._ranks.size)
         row = LogRow(
             step=self.step,
             epoch=(self.step - 1) // self._order.steps_per_epoch,
             metrics=means,
             learning_rate=learning_rate(self.step - 1, self.config),
-            images_per_s=num_steps * self.config.data.batch_size / elapsed_s,
+            images_per_s=images_per_s,
             data_wait=waited_s / elapsed_s,
+            mfu=mfu,
         )
         self._metrics.clear()
         if log is not None:
@@ -299,7 +311,12 @@ class Trainer:
 
     def _open_log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         if self._ranks.is_first:
-            return RunLog(self._out_dir, resumed_step=self.step)
+            return RunLog(
+                self._out_dir,
+                resumed_step=self.step,
+                wandb_project=self.config.run.wandb_project,
+                settings=self.config.model_dump(mode="json"),
+            )
         return contextlib.nullcontext()
 
     def _say(self, message: str, *values: object) -> None:

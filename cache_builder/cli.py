@@ -24,8 +24,6 @@ from cache_builder.cli_options import (
     Images,
     Json,
     RayAddress,
-    Recipe,
-    TrainingMethod,
     Weights,
     Workers,
     model_args,
@@ -36,6 +34,7 @@ from cache_builder.cli_options import (
     refuse_given,
     triple,
 )
+from cache_builder.cli_training import export, finetune, probe, train
 from cache_builder.errors import ConfigError
 
 # What a finished cache has settled.
@@ -376,93 +375,8 @@ def serve(
     service.run(codebook, host=host, port=port, device=device, weights=weights)
 
 
-@app.command()
-def train(
-    cache: Annotated[str, typer.Option(help="A finished cache.")],
-    recipe: Recipe = None,
-    method: TrainingMethod = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where checkpoints and logs go; default runs/RECIPE-METHOD.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting of the recipe, a.b=value; may be given many times."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Pre-train a ViT from a cache; the same command continues a run that was stopped.
-
-    Example: `patchcache train beit_drop --cache cache/ --out run/ --set run.steps=1000`
-    """
-    from cache_builder.console import train_lines
-    from trainer import train as job
-    from trainer.config import load_config
-
-    config = load_config(recipe, assignments or [], method=method)
-    names = [Path(recipe or "").stem, method or ""]
-    summary = job.run(config, cache, out or Path("runs") / "-".join(filter(None, names)))
-    if as_json:
-        print_json({**summary._asdict(), "checkpoint": str(summary.checkpoint)})
-        return
-    print_lines(*train_lines(summary))
-
-
-@app.command()
-def probe(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, or the --out of `patchcache train`: its newest.")
-    ],
-    cache: Annotated[
-        str | None, typer.Option(help="A labelled cache; default the one trained on.")
-    ] = None,
-    test_cache: Annotated[
-        str | None, typer.Option(help="Test on this cache; default a fifth of the first.")
-    ] = None,
-    images: Annotated[
-        str | None, typer.Option(help="Where the images of a cache without images lie now.")
-    ] = None,
-    max_samples: Annotated[
-        int, typer.Option(min=1, help="Most samples of each cache, chosen by key.")
-    ] = 10_000,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure frozen features by k-NN and linear probe, beside a random initialisation.
-
-    Example: `patchcache probe run/checkpoints/step_00001000.pt`
-    """
-    from cache_builder.console import probe_lines
-    from trainer import evaluate
-
-    result = evaluate.probe(
-        checkpoint,
-        cache_path=cache,
-        test_cache=test_cache,
-        images=images,
-        max_samples=max_samples,
-        device=device,
-    )
-    if as_json:
-        print_json(result._asdict())
-        return
-    print_lines(*probe_lines(result))
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, or the --out of `patchcache train`: its newest.")
-    ],
-    out: Annotated[Path, typer.Option(help="A .safetensors file.")],
-) -> None:
-    """Write the pre-trained ViT as a state dict that timm loads strictly.
-
-    Example: `patchcache export run/checkpoints/step_00001000.pt --out vit.safetensors`
-    """
-    from trainer import checkpoint as checkpoints
-
-    call = checkpoints.export(checkpoint, out)
-    print_lines(f"weights  {out}", f"load     {call}")
+for training_command in (train, probe, finetune, export):
+    app.command()(training_command)
 
 
 def main() -> None:

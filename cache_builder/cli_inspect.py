@@ -84,9 +84,10 @@ def inspect(
     if page is not None:
         raise ConfigError("--page shows a cache, or a codebook at work, which needs --images.")
     if path.suffix == ".pt":
-        from trainer import checkpoint
+        from trainer import checkpoint, finetune_checkpoint
 
-        description: Any = checkpoint.describe(path)
+        is_finetuned = finetune_checkpoint.is_finetuned(path)
+        description: Any = (finetune_checkpoint if is_finetuned else checkpoint).describe(path)
     else:
         from cache_builder import inspection
 

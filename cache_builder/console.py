@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from cache_builder.transform import TransformSummary
     from cache_builder.verify import VerifyReport
     from trainer.evaluate import ProbeResult
+    from trainer.finetune import FinetuneSummary
     from trainer.train import TrainSummary
 
+_TOP = 5  # of fewer classes, top 5 says nothing
 _MAX_SKIPPED_LINES = 10
 _MAX_BUILD_LINES = 5
 _BAR_WIDTH = 30
@@ -229,12 +231,37 @@ def train_lines(summary: "TrainSummary") -> list[str]:
 
 def probe_lines(result: "ProbeResult") -> list[str]:
     """Set the pre-trained features beside random ones."""
-    return [
+    lines = [
         f"samples      {result.num_train:,} to learn from, {result.num_test:,} to test on, "
         f"{result.num_classes:,} classes, chance {result.chance:.1%}",
         "features     random init   pre-trained",
         f"k-NN         {result.knn_random:11.1%}   {result.knn:11.1%}",
         f"linear probe {result.linear_random:11.1%}   {result.linear:11.1%}",
+    ]
+    if result.num_classes > _TOP:
+        lines += [
+            f"k-NN, top 5  {result.knn_top5_random:11.1%}   {result.knn_top5:11.1%}",
+            f"linear, top 5{result.linear_top5_random:11.1%}   {result.linear_top5:11.1%}",
+        ]
+    return lines
+
+
+def finetune_lines(summary: "FinetuneSummary") -> list[str]:
+    """Say what fine-tuning came to."""
+    top5 = f", top 5 {summary.top5:.1%}" if summary.num_classes > _TOP else ""
+    return [
+        f"checkpoint   {summary.checkpoint}",
+        f"steps        {summary.steps:,}" + ("" if summary.finished else ", stopped early"),
+        f"samples      {summary.num_train:,} to learn from, {summary.num_test:,} to test on, "
+        f"{summary.num_classes:,} classes, chance {summary.chance:.1%}",
+        f"accuracy     top 1 {summary.top1:.1%}{top5}",
+        f"speed        {summary.images_per_s:,.0f} images/s over {summary.seconds:,.0f} s",
+        "next         "
+        + (
+            f"patchcache export {summary.checkpoint} --out classifier.safetensors"
+            if summary.finished
+            else "the same command continues"
+        ),
     ]
 
 

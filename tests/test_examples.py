@@ -27,6 +27,7 @@ SMALLER = {
         "--set", "model.num_heads=2", "--set", "optim.warmup_steps=1",
         "--set", "run.checkpoint_every=2", "--set", "run.log_every=1",
     ],
+    "finetune": ["--set", "data.batch_size=8", "--set", "run.epochs=2"],
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def run(folder, words, **options):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_examples_lead_from_a_folder_of_photos_to_a_served_and_exported_model(folder):
-    for name in ("fit", "build", "verify", "inspect", "train", "probe", "export"):
+    for name in ("fit", "build", "verify", "inspect", "train", "probe", "finetune", "export"):
         words = [_on_this_run(word) for word in examples()[name]]
         done = run(folder, [*words, *SMALLER.get(name, [])])
         assert done.returncode == 0, (name, done.stderr)

@@ -1,47 +1,60 @@
-"""What a run leaves behind: checkpoints to resume from, and the ViT for timm.
+"""What a run leaves behind: checkpoints to resume from.
 
 A checkpoint is one file, `OUT/checkpoints/step_00000200.pt`, published whole. It holds the weights,
-the optimizer's state and a header in JSON. No state of random generators or of the data order is
-in it, because both are functions of the step. Only tensors and plain values are read back
+the optimizer's state, the average of the ViT's weights if there is one, and a header in JSON; all
+tensors are whole, however many processes trained them. No state of random generators or of the data
+order is in it, because both are functions of the step. Only tensors and plain values are read back
 (`weights_only`), and the checksum of every member is verified first.
 
 A checkpoint belongs to one cache. Resuming on tokens of another tokenizer, on other samples or
-with other settings is refused with the difference; a damaged newest checkpoint is named, never
-passed over in silence for an older one.
+with other settings is refused with the difference. A damaged checkpoint is named with the reason,
+and the newest good one before it is taken.
 """
 
+import logging
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import safetensors.torch
 import torch
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 from timm.models.vision_transformer import VisionTransformer
 
 from cache_builder import files
-from cache_builder.errors import ArtifactError, ConfigError, TokenizerMismatchError
+from cache_builder.errors import (
+    ArtifactError,
+    ConfigError,
+    FormatVersionError,
+    TokenizerMismatchError,
+)
 from cache_builder.formats import CacheManifest
 from cache_builder.formats.codebook import check_format_version
 from cache_builder.stores import absolute_location
 from trainer.config import TrainConfig, differences, parse_config
 from trainer.model import VitSpec, build_vit
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
-EXPORT_METADATA_KEY = "patchcache"
 
 # Settings that say how long, how often and where, and nothing about what is learned at a step.
 FREE_ON_RESUME: Final = frozenset(
     {
         "run.steps",
         "run.device",
+        "run.compile",
+        "run.sharding",
         "run.log_every",
         "run.checkpoint_every",
         "run.keep_checkpoints",
+        "run.picture_every",
+        "run.peak_flops",
+        "run.wandb_project",
         "data.num_workers",
         "data.micro_batch_size",
         "data.images",
+        "model.activation_checkpointing",
     }
 )
 
@@ -107,6 +120,7 @@ class Checkpoint(NamedTuple):
     header: Header
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    average: dict[str, Any] | None = None  # of the ViT's weights, by its own names
 
     @property
     def config(self) -> TrainConfig:
@@ -117,38 +131,89 @@ class Checkpoint(NamedTuple):
         """
         return parse_config(self.header.config)
 
+    @property
+    def vit_state(self) -> dict[str, Any]:
+        """The ViT's weights by timm's names: their average, where the run kept one."""
+        if self.average is not None:
+            return self.average
+        return {
+            name.removeprefix(_VIT_PREFIX): tensor
+            for name, tensor in self.model.items()
+            if name.startswith(_VIT_PREFIX)
+        }
+
     def build_vit(self) -> VisionTransformer:
         """Return the ViT with its trained weights."""
         vit = build_vit(self.header.vit_spec)
-        vit.load_state_dict(_vit_state(self.model))
+        vit.load_state_dict(self.vit_state)
         return vit
 
 
 def save(out_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`."""
-    path = out_dir / _FOLDER / f"step_{checkpoint.header.progress.step:08d}.pt"
+    """Write a checkpoint and keep the newest `keep` up to it; remove every other.
+
+    What there is of later steps was damaged, or this one would have been resumed from it.
+    """
+    path = path_of(out_dir, checkpoint.header.progress.step)
     content = {
         "header": files.canonical_json(checkpoint.header.model_dump(mode="json")).decode(),
         "model": checkpoint.model,
         "optimizer": checkpoint.optimizer,
+        "average": checkpoint.average,
     }
     with files.publishing(path) as file:
         torch.save(content, file)
-    for old in sorted(path.parent.glob(_PATTERN))[:-keep]:
-        old.unlink()
+    found = sorted(path.parent.glob(_PATTERN))
+    kept = [other for other in found if other <= path][-keep:]
+    for other in set(found).difference(kept):
+        other.unlink()
     return path
 
 
+def path_of(out_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies in a run's directory."""
+    return out_dir / _FOLDER / f"step_{step:08d}.pt"
+
+
 def latest(out_dir: Path) -> Path | None:
-    """Return the checkpoint of the highest step in a run's directory, or None."""
+    """Return the checkpoint of the highest step in a run's directory, good or not, or None."""
     return max((out_dir / _FOLDER).glob(_PATTERN), default=None)
+
+
+def newest_good(out_dir: Path) -> tuple[Path, Checkpoint] | None:
+    """Read the newest checkpoint of a run that is whole; None if the run has none at all.
+
+    Damaged ones are named in a warning with the reason.
+
+    Raises:
+        FormatVersionError: One was written by a newer version.
+        ArtifactError: All are damaged.
+    """
+    reasons = []
+    for path in sorted((out_dir / _FOLDER).glob(_PATTERN), reverse=True):
+        try:
+            loaded = load(path)
+        except FormatVersionError:
+            raise
+        except ArtifactError as exc:
+            reasons.append(str(exc))
+            continue
+        for reason in reasons:
+            logger.warning("%s Going on from %s instead.", reason, path.name)
+        return path, loaded
+    if not reasons:
+        return None
+    raise ArtifactError(
+        f"{' '.join(reasons)} No good checkpoint is left in {out_dir / _FOLDER}: "
+        "delete that folder to begin again, or pass another --out."
+    )
 
 
 def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
-        path: The file, or the directory of a run, whose newest checkpoint is meant.
+        path: The file, or the directory of a run, whose newest good checkpoint is meant.
 
     Raises:
         FormatVersionError: It was written by a newer version.
@@ -156,12 +221,12 @@ def load(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        newest = latest(path)
+        newest = newest_good(path)
         if newest is None:
             raise ArtifactError(
                 f"{path} holds no checkpoint. Pass the --out of `patchcache train`."
             )
-        path = newest
+        return newest[1]
     if not path.is_file():
         raise ArtifactError(f"There is no checkpoint at {path}.")
     try:
@@ -169,11 +234,12 @@ def load(path: str | Path) -> Checkpoint:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise ArtifactError(f"{path}: member {damaged} is damaged. {_what_now(path)}")
+            raise ArtifactError(f"{path}: member {damaged} is damaged.")
         content = torch.load(path, map_location="cpu", weights_only=True)
         text, model, optimizer = content["header"], content["model"], content["optimizer"]
         check_format_version(text, FORMAT_VERSION, str(path))
-        return Checkpoint(Header.model_validate_json(text), model, optimizer)
+        header = Header.model_validate_json(text)
+        return Checkpoint(header, model, optimizer, content.get("average"))
     except (
         OSError,
         EOFError,
@@ -184,15 +250,13 @@ def load(path: str | Path) -> Checkpoint:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as exc:
-        raise ArtifactError(
-            f"{path} is damaged or not a checkpoint: {exc}. {_what_now(path)}"
-        ) from exc
+        raise ArtifactError(f"{path} is damaged or not a checkpoint: {exc}.") from exc
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Return what a person asks of a checkpoint, as plain values."""
-    header, model, _ = load(path)
-    vit = _vit_state(model)
+    loaded = load(path)
+    header, vit = loaded.header, loaded.vit_state
     return {
         "step": header.progress.step,
         "steps": header.config["run"]["steps"],  # type: ignore[index, call-overload]
@@ -238,54 +302,3 @@ def check_resume(
             f"{path} was trained with other settings: {listed}. "
             "Go back to those, or start a new run with another --out."
         )
-
-
-def export(checkpoint: str | Path, out: str | Path) -> str:
-    """Write the ViT of a checkpoint as timm's state dict, in one `.safetensors` file.
-
-    The same checkpoint gives the same bytes. The metadata entry `patchcache` holds, in JSON, the
-    model and its arguments, the tokenizer's fingerprint, the step, and the mean and std of the
-    input.
-
-    Args:
-        checkpoint: The file, or the directory of a run, whose newest checkpoint is meant.
-        out: The file to write, replaced if it exists.
-
-    Returns:
-        The Python expression that loads it: `timm.create_model(...)`.
-
-    Raises:
-        ArtifactError: The checkpoint is missing or damaged.
-        ConfigError: `out` does not end in `.safetensors`.
-    """
-    out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out} must end in .safetensors: timm knows the format by it.")
-    loaded = load(checkpoint)
-    header, data = loaded.header, loaded.config.data
-    metadata = {
-        "model": header.model_name,
-        "arguments": header.model_arguments,
-        "fingerprint": header.cache.fingerprint,
-        "step": header.progress.step,
-        "mean": data.mean,
-        "std": data.std,
-    }
-    state = {name: tensor.contiguous() for name, tensor in _vit_state(loaded.model).items()}
-    text = files.canonical_json(metadata).decode()
-    files.publish(out, safetensors.torch.save(state, metadata={EXPORT_METADATA_KEY: text}))
-    arguments = {**header.model_arguments, "checkpoint_path": str(out)}
-    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"timm.create_model({header.model_name!r}, {listed})"
-
-
-def _vit_state(model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name.removeprefix(_VIT_PREFIX): tensor
-        for name, tensor in model.items()
-        if name.startswith(_VIT_PREFIX)
-    }
-
-
-def _what_now(path: Path) -> str:
-    return f"Delete {path.name} to go on from the checkpoint before it."

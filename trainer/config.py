@@ -5,10 +5,9 @@ nearest known one. What belongs to the cache (grid, patch size, K, number of vie
 manifest and is never a setting. The learning rate is absolute: no batch size is folded into it.
 """
 
-import difflib
 import logging
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args
@@ -16,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from cache_builder.errors import ConfigError
+from trainer import settings
 from trainer.objectives import METHOD_NAMES, load_method
 from trainer.objectives.interface import MethodConfig
 
@@ -32,10 +32,13 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
         None,
         gt=0,
         description="images per forward pass on one device; gradients add up to the whole batch; "
-        "none: all of a device's share at once",
+        "none: all of a device's share at once. Stochastic depth alone depends on it",
     )
     num_workers: int = Field(
-        0, ge=0, description="processes that decode; 0 is fastest for pictures of a few kilobytes"
+        0,
+        ge=0,
+        description="processes that decode, of each training process; 0 is fastest for pictures of "
+        "a few kilobytes",
     )
     image_size: int | None = Field(
         None, gt=0, description="side of the model's input, pixels; none: that of the cache's views"
@@ -79,6 +82,11 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     num_heads: int | None = Field(None, gt=0, description="must divide D; none: as the name says")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     layer_scale: float | None = Field(None, gt=0, description="initial LayerScale; none: no scale")
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute the ViT's blocks again in the backward pass instead of keeping what "
+        "they computed: less memory, about a third more time",
+    )
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
@@ -91,6 +99,20 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     eps: float = Field(1e-8, gt=0)
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float | None = Field(3.0, gt=0, description="largest gradient norm; none: no limit")
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="learning rate of a layer against that of the next one; none, as papers "
+        "pre-train: one rate for all",
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay per step of a moving average of the ViT's weights, as in 0.9999; where "
+        "there is one, it is what is probed and exported",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -114,9 +136,31 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is one"
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of every block; auto: on CUDA, where it pays"
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="how several processes hold weights and optimizer: each the whole (DDP), or "
+        "each a part (FSDP2), which spares memory for ViT-L and larger",
+    )
     log_every: int = Field(50, gt=0, description="steps")
     checkpoint_every: int = Field(1000, gt=0, description="steps; the last step always writes one")
     keep_checkpoints: int = Field(2, gt=0, description="older ones are removed")
+    picture_every: int = Field(
+        0,
+        ge=0,
+        description="steps between pictures of input, mask, targets and predictions; 0: none",
+    )
+    peak_flops: float | None = Field(
+        None,
+        gt=0,
+        description="operations per second of one device, for MFU; none: as its data sheet says, "
+        "where the device is known",
+    )
+    wandb_project: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases to log to; none: do not"
+    )
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid"):
@@ -134,6 +178,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} leaves nothing of "
                 f"run.steps {self.run.steps}; lower the first or raise the second"
+            )
+        if self.run.sharding == "fsdp" and self.run.picture_every:
+            raise ValueError(
+                "run.picture_every draws what one process predicts, and with run.sharding fsdp no "
+                "process has the whole model; set one of them to its default"
             )
         return self
 
@@ -163,15 +212,12 @@ def load_config(
         )
     if method is not None:
         _require_method(method, "Pass --method with")
-    path = _recipe_path(chosen)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise ConfigError(f"The recipe {path} cannot be read: {exc}.") from exc
+    tree = settings.read_toml(settings.recipe_path(chosen, RECIPES))
     if method is not None:
         _replace_method(tree, method, chosen)
     for text in overrides:
-        _override(tree, text)
+        # Which keys there are depends on the method, which may have been replaced just now.
+        settings.override(tree, text, partial(_keys_at, method=_method_of(tree)))
     config = parse_config(tree)
     if method is not None and config.objective.method != method:
         raise ConfigError(
@@ -193,9 +239,9 @@ def parse_config(tree: Mapping[str, Any]) -> TrainConfig:
     method = _method_of(tree)
     if isinstance(objective, Mapping):
         # Checked by itself, because which settings there are depends on the method.
-        settings = load_method(method).Config
+        method_config = load_method(method).Config
         try:
-            tree["objective"] = settings.model_validate({**objective, "method": method})
+            tree["objective"] = method_config.model_validate({**objective, "method": method})
         except ValidationError as exc:
             errors += [{**error, "loc": ("objective", *error["loc"])} for error in exc.errors()]
             del tree["objective"]
@@ -205,7 +251,8 @@ def parse_config(tree: Mapping[str, Any]) -> TrainConfig:
         others = [{**error} for error in exc.errors()]
         errors += [error for error in others if not (errors and error["loc"] == ("objective",))]
     if errors:
-        raise ConfigError(" ".join(_explain(error, method) for error in errors))
+        keys_at = partial(_keys_at, method=method)
+        raise ConfigError(" ".join(settings.explain(error, keys_at) for error in errors))
     return config
 
 
@@ -216,23 +263,7 @@ def recipe_names() -> list[str]:
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ: key -> (old value, new value)."""
-    before, after = (dict(_flatten(config.model_dump(mode="json"))) for config in (old, new))
-    keys = dict.fromkeys((*before, *after))  # another method has other keys
-    return {
-        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
-    }
-
-
-def _recipe_path(recipe: str | Path) -> Path:
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    named = RECIPES / f"{recipe}.toml"
-    if isinstance(recipe, str) and recipe in recipe_names():
-        return named
-    raise ConfigError(
-        f"There is no recipe {recipe}: it is neither a file nor one of {', '.join(recipe_names())}."
-    )
+    return settings.changed(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
 def _replace_method(tree: dict[str, Any], method: str, recipe: str | Path) -> None:
@@ -244,42 +275,6 @@ def _replace_method(tree: dict[str, Any], method: str, recipe: str | Path) -> No
         logger.info("of %s, %s has no %s; left out", recipe, method, ", ".join(dropped))
     kept = {key: value for key, value in objective.items() if key in known}
     tree["objective"] = {**kept, "method": method}
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, separator, value_text = text.partition("=")
-    *parents, name = parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ConfigError(f"--set takes key=value, as in optim.lr=1e-3, not {text!r}.")
-    method = _method_of(tree)
-    for depth, parent in enumerate(parents, start=1):
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(
-                f"Unknown key '{key.strip()}': '{'.'.join(parts[:depth])}' is a value, not a table."
-            )
-    value = _parse_value(value_text.strip())
-    if value is None:
-        tree.pop(name, None)
-        # A key that does not exist is refused whatever its value.
-        _require_key(parts, method)
-    else:
-        tree[name] = value
-
-
-def _parse_value(text: str) -> object:
-    if text == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _require_key(parts: Sequence[str], method: str) -> None:
-    *parents, name = parts
-    if name not in _keys_at(parents, method):
-        raise ConfigError(_unknown_key(parts, method))
 
 
 def _method_of(tree: Mapping[str, Any]) -> str:
@@ -301,30 +296,6 @@ def _require_method(method: object, what_to_do: str) -> None:
         )
 
 
-def _explain(error: Mapping[str, Any], method: str) -> str:
-    parts = [str(part) for part in error["loc"]]
-    key = ".".join(parts)
-    if error["type"] == "extra_forbidden":
-        return _unknown_key(parts, method)
-    if error["type"] == "missing":
-        return f"Missing key '{key}'."
-    reason = error["msg"].removeprefix("Value error, ")
-    reason = reason[0].lower() + reason[1:] if reason.startswith("Input") else reason
-    if error["type"] == "value_error":
-        return f"Wrong setting in '{key}': {reason}." if key else f"Wrong settings: {reason}."
-    return f"Wrong value {error['input']!r} for '{key}': {reason}."
-
-
-def _unknown_key(parts: Sequence[str], method: str) -> str:
-    *parents, name = parts
-    known = _keys_at(parents, method)
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = (
-        f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}."
-    )
-    return f"Unknown key '{'.'.join(parts)}'; {hint}"
-
-
 def _keys_at(parents: Iterable[str], method: str) -> list[str]:
     model: Any = TrainConfig
     for parent in parents:
@@ -335,11 +306,3 @@ def _keys_at(parents: Iterable[str], method: str) -> list[str]:
         if isinstance(model, UnionType):
             model = get_args(model)[0]
     return list(getattr(model, "model_fields", {}))
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -90,10 +90,25 @@ class Batch(NamedTuple):
 
 
 class BatchOrder:
-    """The samples of every batch of a run."""
+    """The samples of every batch of a run, or of the part of each that one process reads."""
 
-    def __init__(self, shard_sizes: Sequence[int], batch_size: int, *, seed: int) -> None:
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        first: int = 0,
+        count: int | None = None,
+    ) -> None:
         """Take the number of samples of every shard.
+
+        Args:
+            shard_sizes: Of the cache.
+            batch_size: Samples of a whole batch.
+            seed: Of the shuffling.
+            first: Where this process's part of a batch begins.
+            count: How many samples that part has; None: all.
 
         Raises:
             ConfigError: All shards together do not fill one batch.
@@ -108,32 +123,39 @@ class BatchOrder:
         self._shard_sizes = tuple(shard_sizes)
         self._batch_size = batch_size
         self._seed = seed
+        self._first = first
+        self._count = batch_size if count is None else count
         self._epoch = -1
         self._order = np.empty((0, 2), np.int64)
 
     def picks(self, step: int) -> list[Pick]:
-        """Return the samples of batch `step`, counted from 0."""
+        """Return this process's samples of batch `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = epoch_order(self._shard_sizes, seed=self._seed, epoch=epoch)
             self._epoch = epoch
-        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        start = index * self._batch_size + self._first
+        rows = self._order[start : start + self._count]
         return [Pick(epoch, shard, row) for shard, row in rows.tolist()]
 
 
 def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return every sample of a cache once, shuffled: (n, 2), columns shard and row."""
     rng = np.random.default_rng([seed, epoch])
-    shards = rng.permutation(len(shard_sizes))
-    windows = []
-    for start in range(0, len(shards), _WINDOW_SHARDS):
-        window = shards[start : start + _WINDOW_SHARDS]
-        places = [
-            np.stack([np.full(shard_sizes[shard], shard), np.arange(shard_sizes[shard])], axis=1)
-            for shard in window
-        ]
-        windows.append(rng.permutation(np.concatenate(places)))
-    return np.concatenate(windows)
+    sizes = np.asarray(shard_sizes, np.int64)
+    shards = rng.permutation(len(sizes))
+    order = np.empty((sizes.sum(), 2), np.int64)
+    start = 0
+    for first in range(0, len(shards), _WINDOW_SHARDS):
+        window = shards[first : first + _WINDOW_SHARDS]
+        counts = sizes[window]
+        stop = start + counts.sum()
+        shuffled = rng.permutation(stop - start)
+        order[start:stop, 0] = np.repeat(window, counts)[shuffled]
+        begins = np.repeat(np.cumsum(counts) - counts, counts)
+        order[start:stop, 1] = (np.arange(stop - start) - begins)[shuffled]
+        start = stop
+    return order
 
 
 def view_index(key: str, epoch: int, num_views: int) -> int:

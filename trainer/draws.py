@@ -37,8 +37,8 @@ class SampleGenerator:
         self.device = torch.device(device)
         self.shared = torch.Generator().manual_seed(derived_seed(seed, step, "shared"))
         base = derived_seed(seed, step, "samples")
-        places = torch.arange(first, first + count, device=self.device)
-        self._keys = _mix(places * _signed(_GOLDEN) + base)[:, None]  # (B, 1)
+        self._cpu_keys = _mix(torch.arange(first, first + count) * _signed(_GOLDEN) + base)[:, None]
+        self._keys = self._cpu_keys.to(self.device, non_blocking=True)  # (B, 1)
         self._num_drawn = 0
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -64,14 +64,16 @@ class SampleGenerator:
 
     def generators(self) -> Iterator[torch.Generator]:
         """Yield a CPU generator per sample, for what is drawn one sample at a time."""
-        for seed in _shift_right(self._bits(1), 1).flatten().tolist():
+        # Made on the CPU, the seeds need not be waited for.
+        for seed in _shift_right(self._bits(1, self._cpu_keys), 1).flatten().tolist():
             yield torch.Generator().manual_seed(seed)
 
-    def _bits(self, length: int) -> Tensor:
+    def _bits(self, length: int, keys: Tensor | None = None) -> Tensor:
         """Return int64 (B, length) of 64 random bits each, the next ones of every sample."""
-        counters = torch.arange(1, length + 1, device=self.device) + self._num_drawn
+        keys = self._keys if keys is None else keys
+        counters = torch.arange(1, length + 1, device=keys.device) + self._num_drawn
         self._num_drawn += length
-        return _mix(self._keys + counters * _signed(_GOLDEN))
+        return _mix(keys + counters * _signed(_GOLDEN))
 
 
 def derived_seed(seed: int, step: int, purpose: str) -> int:

@@ -1,29 +1,40 @@
-"""How good the features are, against those of the same ViT before training.
+"""How good the features are, against those of the same model before training.
 
-Frozen features: the mean of the patch tokens after the final norm, view 0 of each picture, each
-dimension standardised by the training part. Two readings of them, k-NN and a linear probe, the
-same procedure for both ViTs. Fine-tuning ranks models differently; a masked model in particular is
-worth more fine-tuned than its frozen features say.
+Frozen features: the mean of the patch tokens after the final norm, of the largest centred square of
+each picture, each dimension standardised by the training part. Two readings of them, k-NN and a
+linear probe, the same procedure for both models. Fine-tuning ranks models differently; a masked
+model in particular is worth more fine-tuned than its frozen features say.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from cache_builder.errors import ConfigError
-from cache_builder.formats import TokenCache
-from trainer import checkpoint as checkpoints
+from cache_builder.errors import ConfigError, ImageError, PatchCacheError
+from cache_builder.sources import image_bytes
 from trainer import pixels
-from trainer.config import DataConfig
-from trainer.data import CachedViews, Pick, read_batches, stable_hash
-from trainer.model import build_vit, pick_device
+from trainer.backbones import Backbone, freshly_initialised, load_backbone
+from trainer.labelled import (
+    LabelledImages,
+    Place,
+    centre_pixels,
+    choose,
+    class_mapping,
+    is_test_key,
+    load_ahead,
+    open_labelled,
+)
+from trainer.model import pick_device
 from trainer.objectives.interface import Normalise
 
-TEST_SHARE = 0.2
+logger = logging.getLogger(__name__)
+
 WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 _BATCH_SIZE = 256
@@ -31,13 +42,24 @@ _LBFGS_STEPS = 100
 _NUM_QUERIES = 1024
 
 
+class Accuracy(NamedTuple):
+    """Shares of the test part."""
+
+    top1: float  # named right
+    top5: float  # among the five classes named first; 1 where there are no more than five
+
+
 class ProbeResult(NamedTuple):
-    """Top-1 accuracies on the test part, as shares."""
+    """Accuracies on the test part, as shares."""
 
     knn: float
-    knn_random: float  # of the same ViT, freshly initialised
+    knn_random: float  # of the same model, freshly initialised
     linear: float
     linear_random: float
+    knn_top5: float
+    knn_top5_random: float
+    linear_top5: float
+    linear_top5_random: float
     chance: float  # of always naming the class that is most frequent in the training part
     num_train: int
     num_test: int
@@ -63,72 +85,82 @@ class _Labelled(NamedTuple):
 
 
 def probe(
-    checkpoint: str | Path,
+    model: str | Path,
     *,
-    cache_path: str | Path | None = None,
-    test_cache: str | Path | None = None,
+    data: str | Path | None = None,
+    test_data: str | Path | None = None,
     images: str | None = None,
     max_samples: int = 10_000,
     k: int = 20,
     temperature: float = 0.07,
     seed: int = 0,
+    num_workers: int = 0,
     device: str = "auto",
 ) -> ProbeResult:
-    """Measure a checkpoint's features by k-NN and by a linear probe.
+    """Measure a model's features by k-NN and by a linear probe.
 
     Args:
-        checkpoint: The file, or the directory of a run, whose newest checkpoint is meant.
-        cache_path: A cache with labels; None is the one that the checkpoint was trained from. Its
-            token ids are not used, so it may be any tokenizer's.
-        test_cache: A cache to test on; None keeps a fifth of `cache_path`, chosen by key, for it.
+        model: What `load_backbone` takes: a checkpoint or the directory of a run, an exported
+            file, or a model of timm.
+        data: Labelled images: a cache, of any tokenizer, or any source of images; None is the
+            cache that the checkpoint was trained from.
+        test_data: Such images to test on; None keeps a fifth of `data`, chosen by key, for it.
         images: Where the images lie, for a cache that holds none.
-        max_samples: Most samples read of each cache, chosen by key.
+        max_samples: Most samples read of each place, chosen by key.
         k: Neighbours that vote, each with weight exp(cosine / temperature).
         temperature: Of the votes; 0.07 as in the k-NN protocol of DINO (arXiv:2104.14294).
-        seed: Of the freshly initialised ViT.
+        seed: Of the freshly initialised model.
+        num_workers: Processes that decode; 0 is fastest for pictures of a few kilobytes.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ArtifactError: The checkpoint or a cache is missing or damaged.
+        ArtifactError: The model or a cache is missing or damaged.
+        SourceError: There are no images at a place.
         ConfigError: The samples have no labels, are of one class, or are too few.
     """
     if max_samples < 1 or k < 1 or temperature <= 0:
         raise ConfigError("max_samples and k must be at least 1, and temperature above 0.")
-    loaded = checkpoints.load(checkpoint)
-    data = loaded.config.data
-    if images is not None:
-        data = data.model_copy(update={"images": images})
+    backbone = load_backbone(model).without_classifier()
     target = pick_device(device)
-    torch.manual_seed(seed)
-    vits = [loaded.build_vit(), build_vit(loaded.header.vit_spec)]
-    vits = [vit.to(target).eval() for vit in vits]
-    size = loaded.header.vit_spec.image_size
+    trained = backbone.build()
+    models = [trained, freshly_initialised(backbone, seed)]
+    models = [each.to(target).eval() for each in models]
 
-    path = cache_path or loaded.header.cache.path
-    samples = _read(vits, path, max_samples, data, size, target)
-    if test_cache is None:
-        train = [samples.part(vit, ~samples.is_test) for vit in range(2)]
-        test = [samples.part(vit, samples.is_test) for vit in range(2)]
-    else:
-        others = _read(vits, Path(test_cache), max_samples, data, size, target)
-        train = [samples.part(vit, samples.labels >= 0) for vit in range(2)]
-        test = [others.part(vit, others.labels >= 0) for vit in range(2)]
-    num_classes = _count_classes(train[0], test[0], path, k)
-    scores = []
-    for vit in range(2):
-        parts = _standardise(train[vit], test[vit])
-        scores.append(
-            (
-                knn_accuracy(*parts, num_classes, k=k, temperature=temperature),
-                linear_accuracy(*parts, num_classes),
-            )
+    place = data or backbone.cache
+    if place is None:
+        raise ConfigError(
+            f"{model} does not say what it was trained on. Pass labelled images with --data."
         )
+    # The one that it was trained from may have been read with images from elsewhere.
+    labelled = open_labelled(place, images if data or images else backbone.images)
+    samples = _read(models, labelled, backbone, max_samples, num_workers, target)
+    if test_data is None:
+        train = [samples.part(each, ~samples.is_test) for each in range(2)]
+        test = [samples.part(each, samples.is_test) for each in range(2)]
+    else:
+        tested = open_labelled(test_data)
+        mapping = class_mapping(labelled, tested)
+        others = _read(models, tested, backbone, max_samples, num_workers, target)
+        if mapping is not None:
+            others = others._replace(labels=torch.tensor(mapping)[others.labels])
+        train = [samples.part(each, samples.labels >= 0) for each in range(2)]
+        test = [others.part(each, others.labels >= 0) for each in range(2)]
+    num_classes = _count_classes(train[0], test[0], place, k)
+    knn, linear = [], []
+    for each in range(2):
+        parts = _standardise(train[each], test[each])
+        knn.append(knn_accuracy(*parts, num_classes, k=k, temperature=temperature))
+        linear.append(linear_accuracy(*parts, num_classes))
     commonest = train[0].labels.bincount().argmax()
     return ProbeResult(
-        knn=scores[0][0],
-        knn_random=scores[1][0],
-        linear=scores[0][1],
-        linear_random=scores[1][1],
+        knn=knn[0].top1,
+        knn_random=knn[1].top1,
+        linear=linear[0].top1,
+        linear_random=linear[1].top1,
+        knn_top5=knn[0].top5,
+        knn_top5_random=knn[1].top5,
+        linear_top5=linear[0].top5,
+        linear_top5_random=linear[1].top5,
         chance=_share(test[0].labels == commonest),
         num_train=len(train[0].labels),
         num_test=len(test[0].labels),
@@ -136,25 +168,27 @@ def probe(
     )
 
 
-def knn_accuracy(train: Part, test: Part, num_classes: int, *, k: int, temperature: float) -> float:
-    """Return the share of the test part that its k nearest training samples, by cosine, get right.
+def knn_accuracy(
+    train: Part, test: Part, num_classes: int, *, k: int, temperature: float
+) -> Accuracy:
+    """Return how often the k nearest training samples, by cosine, name a test sample's class.
 
     Each votes with weight exp(cosine / temperature). Ties go to the lower class.
     """
     keys = normalize(train.features, dim=1)
     classes = one_hot(train.labels, num_classes).float()
-    right = []
+    named = []
     queries = normalize(test.features, dim=1).split(_NUM_QUERIES)
-    for block, labels in zip(queries, test.labels.split(_NUM_QUERIES), strict=True):
+    for block in queries:
         cosine, nearest = (block @ keys.T).topk(k, dim=1)
         # Subtracting the largest cosine scales all votes of a query alike and cannot overflow.
         weights = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = (weights[..., None] * classes[nearest]).sum(1)
-        right.append(votes.argmax(1) == labels)
-    return _share(torch.cat(right))
+        named.append(five_best(votes))
+    return accuracy_of(torch.cat(named), test.labels)
 
 
-def linear_accuracy(train: Part, test: Part, num_classes: int) -> float:
+def linear_accuracy(train: Part, test: Part, num_classes: int) -> Accuracy:
     """Return the accuracy of multinomial logistic regression on the test part.
 
     The weight decay is the one of `WEIGHT_DECAYS` that does best on every fifth training sample,
@@ -164,11 +198,11 @@ def linear_accuracy(train: Part, test: Part, num_classes: int) -> float:
     fitted = Part(train.features[~held_out], train.labels[~held_out])
     tuned = Part(train.features[held_out], train.labels[held_out])
 
-    def accuracy(fit: Part, score: Part, weight_decay: float) -> float:
+    def accuracy(fit: Part, score: Part, weight_decay: float) -> Accuracy:
         weight, bias = fit_logistic(fit, num_classes, weight_decay)
-        return _share((score.features @ weight + bias).argmax(1) == score.labels)
+        return accuracy_of(five_best(score.features @ weight + bias), score.labels)
 
-    best = max(WEIGHT_DECAYS, key=lambda decay: accuracy(fitted, tuned, decay))
+    best = max(WEIGHT_DECAYS, key=lambda decay: accuracy(fitted, tuned, decay).top1)
     return accuracy(train, test, best)
 
 
@@ -192,78 +226,117 @@ def fit_logistic(part: Part, num_classes: int, weight_decay: float) -> tuple[Ten
     return weight.detach(), bias.detach()
 
 
-def pooled_features(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Return the mean patch token after the final norm: (B, 3, S, S) float to (B, D) float32."""
-    tokens = vit.forward_features(images)
-    return tokens[:, vit.num_prefix_tokens :].mean(1).float()
+def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what is measured of images: (B, 3, S, S) float to (B, D) float32.
+
+    Of a ViT the mean patch token after the final norm; of other models of timm what their
+    classifier is given.
+    """
+    found = model.forward_features(images)
+    if isinstance(model, VisionTransformer):
+        return cast(Tensor, found[:, model.num_prefix_tokens :].mean(1).float())
+    return cast(Tensor, model.forward_head(found, pre_logits=True).float())
 
 
-def choose_samples(cache_path: str | Path, max_samples: int) -> list[Pick]:
-    """Return up to `max_samples` samples of a cache, chosen by a hash of their keys."""
-    with TokenCache.open(cache_path) as cache:
-        ranked = [
-            (stable_hash(f"probe {key}"), shard, row)
-            for shard in range(len(cache.manifest.shards))
-            for row, key in enumerate(cache.shard(shard).keys)
-        ]
-    chosen = sorted(ranked)[:max_samples]
-    return [Pick(0, shard, row) for _, shard, row in sorted(chosen, key=lambda at: at[1:])]
+def accuracy_of(named: Tensor, labels: Tensor) -> Accuracy:
+    """Compare classes (n, up to 5), the likeliest first, with labels (n,)."""
+    right = named == labels[:, None]
+    return Accuracy(_share(right[:, 0]), _share(right.any(1)))
 
 
-def is_test_key(key: str) -> bool:
-    """Return whether a sample is kept for testing: a fifth of all keys, the same in every run."""
-    return stable_hash(f"test {key}") % 1000 < 1000 * TEST_SHARE
+class CentreSquares:
+    """Reads labelled images as batches of centred squares."""
+
+    def __init__(self, images: LabelledImages, size: int, share: float = 1.0) -> None:
+        """Take the side in pixels, and which share of the largest square it stands for."""
+        self._images = images
+        self._size = size
+        self._share = share
+
+    def __getitems__(self, places: Sequence[Place]) -> "Squares | PatchCacheError":
+        """Return the batch at these places, or an error that a user can mend."""
+        try:
+            return self._read(places)
+        except PatchCacheError as exc:
+            return exc
+
+    def _read(self, places: Sequence[Place]) -> "Squares":
+        pixels, labels, keys, refused = [], [], [], []
+        for sample in self._images.read(places):
+            if sample.label is None:
+                continue
+            try:
+                pixels.append(centre_pixels(image_bytes(sample.image), self._size, self._share))
+            except ImageError as exc:
+                refused.append(f"{sample.key}: {exc}")
+                continue
+            labels.append(sample.label)
+            keys.append(sample.key)
+        stacked = torch.stack(pixels) if pixels else None
+        return Squares(stacked, torch.tensor(labels, dtype=torch.int64), keys, refused)
+
+
+class Squares(NamedTuple):
+    """Labelled images that could be decoded."""
+
+    pixels: Tensor | None  # (B, 3, S, S) uint8; None without any
+    labels: Tensor  # (B,)
+    keys: list[str]
+    refused: list[str]
 
 
 def _read(
-    vits: list[VisionTransformer],
-    cache_path: str | Path,
+    models: list[nn.Module],
+    images: LabelledImages,
+    backbone: Backbone,
     max_samples: int,
-    data: DataConfig,
-    image_size: int,
+    num_workers: int,
     device: torch.device,
 ) -> _Labelled:
-    picks = choose_samples(cache_path, max_samples)
-    dataset = CachedViews(cache_path, image_size=image_size, images=data.images, views="first")
-    blocks = (picks[at : at + _BATCH_SIZE] for at in range(0, len(picks), _BATCH_SIZE))
-    features: list[list[Tensor]] = [[] for _ in vits]
+    places = choose(images.places(), max_samples)
+    blocks = (places[at : at + _BATCH_SIZE] for at in range(0, len(places), _BATCH_SIZE))
+    features: list[list[Tensor]] = [[] for _ in models]
     labels: list[Tensor] = []
     is_test: list[bool] = []
-    normalise_input = Normalise(data.mean, data.std).to(device)
-    for batch in read_batches(dataset, blocks, num_workers=data.num_workers, device=device):
-        images = pixels.to_unit_range(batch.pixels, device)
-        images = normalise_input(images)
+    refused: list[str] = []
+    normalise_input = Normalise(backbone.mean, backbone.std).to(device)
+    dataset = CentreSquares(images, backbone.image_size)
+    for batch in load_ahead(dataset, blocks, num_workers=num_workers, device=device):
+        refused += batch.refused
+        if batch.pixels is None:
+            continue
+        inputs = normalise_input(pixels.to_unit_range(batch.pixels, device))
         with torch.inference_mode():
-            for rows, vit in zip(features, vits, strict=True):
-                rows.append(pooled_features(vit, images).cpu())
+            for rows, model in zip(features, models, strict=True):
+                rows.append(pooled_features(model, inputs).cpu())
         labels.append(batch.labels)
         is_test.extend(is_test_key(key) for key in batch.keys)
-    dataset.close()
-    all_labels = torch.cat(labels)
-    known = all_labels >= 0
-    if not known.any():
+    images.close()
+    if refused:
+        logger.warning(
+            "%s: %d images are left out, as %s", images.location, len(refused), refused[0]
+        )
+    if not labels:
         raise ConfigError(
-            f"{cache_path} has no labels: a probe needs some. Build a cache of a folder with one "
-            "subfolder per class, or of tars with .cls members, and pass it as the cache."
+            f"{images.location} has no labels: a probe needs some. Name a folder with one "
+            "subfolder per class, tars with .cls members, or a cache of such images."
         )
     return _Labelled(
-        [torch.cat(rows)[known] for rows in features],
-        all_labels[known],
-        torch.tensor(is_test)[known],
+        [torch.cat(rows) for rows in features], torch.cat(labels), torch.tensor(is_test)
     )
 
 
-def _count_classes(train: Part, test: Part, cache_path: str | Path, k: int) -> int:
+def _count_classes(train: Part, test: Part, place: str | Path, k: int) -> int:
     num_classes = len(train.labels.unique())
     if num_classes < 2:
         raise ConfigError(
-            f"The labelled samples of {cache_path} are of {num_classes} class; a probe needs two "
-            "or more. Pass a cache with more classes."
+            f"The labelled samples of {place} are of {num_classes} class; a probe needs two or "
+            "more. Name images of more classes."
         )
     if len(train.labels) <= k or len(test.labels) == 0:
         raise ConfigError(
             f"{len(train.labels)} samples to train on and {len(test.labels)} to test on are too "
-            f"few for k = {k} neighbours. Raise max_samples, lower k or pass a larger cache."
+            f"few for k = {k} neighbours. Raise max_samples, lower k or name more images."
         )
     return int(torch.cat([train.labels, test.labels]).max()) + 1
 
@@ -272,6 +345,11 @@ def _standardise(train: Part, test: Part) -> tuple[Part, Part]:
     std, mean = torch.std_mean(train.features, dim=0)
     std = std.clamp_min(1e-6)
     return tuple(part._replace(features=(part.features - mean) / std) for part in (train, test))  # type: ignore[return-value]
+
+
+def five_best(scores: Tensor) -> Tensor:
+    """Return the classes of the highest scores, (n, C) to (n, 5); equal ones in their order."""
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :5]
 
 
 def _share(right: Tensor) -> float:

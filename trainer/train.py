@@ -1,41 +1,43 @@
 """The training loop.
 
-Everything random about a step is drawn from generators seeded by (seed, step): weights and
-optimizer state are all there is to resume from, and a resumed run repeats the losses of an
-undisturbed one, on a CPU to the last bit. The device is asked for numbers at log points and
-checkpoints only. That is also where a loss or gradient that is not finite is noticed, and no
-checkpoint is written before that check.
+A step is a function of the settings, the cache and the state that the step before it left
+(`step`), so a resumed run repeats the losses of an undisturbed one, on a CPU to the last bit. The
+device is asked for numbers at log points and checkpoints only. That is also where a loss or
+gradient that is not finite is noticed: its step changed no weight, and no checkpoint is written
+after it. Under `torchrun` every process runs this loop on its part of each batch, and the first
+one writes.
 """
 
 import contextlib
 import logging
 import math
-import signal
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from cache_builder import files
 from cache_builder.errors import ConfigError, NotFiniteError
 from cache_builder.formats import CacheManifest, Codebook, TokenCache
 from trainer import checkpoint as checkpoints
-from trainer import pixels
+from trainer import distributed, flops
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
 from trainer.config import TrainConfig
-from trainer.data import Batch, BatchOrder, CachedViews, read_batches
-from trainer.draws import SampleGenerator, derived_seed
-from trainer.model import VitSpec, build_objective, pick_device, uses_bf16, vit_spec
-from trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from trainer.data import BatchOrder, CachedViews, read_batches
+from trainer.distributed import Ranks
+from trainer.model import VitSpec, pick_device, vit_spec
+from trainer.optim import learning_rate
 from trainer.run_log import LogRow, RunLog
+from trainer.session import Stopwatch, rare_collections, stop_request
+from trainer.step import State, Stepper
+from trainer.viewer import Viewer
 
 logger = logging.getLogger(__name__)
 
 _NUM_KEYS_NAMED = 5
+_AGREE_EVERY = 10  # steps between questions whether any rank was asked to leave, on CUDA
 
 
 class TrainSummary(NamedTuple):
@@ -62,7 +64,7 @@ def run(
     """Train from a cache until `run.steps`, or until asked to leave.
 
     SIGTERM and Ctrl-C let the current step finish, write a checkpoint and return; a second one
-    acts at once.
+    acts at once. Ranks, if there are several, leave after the same step.
 
     Args:
         config: The settings.
@@ -73,7 +75,7 @@ def run(
 
     Raises:
         ConfigError: Settings that do not go with the cache, or differ from those resumed.
-        ArtifactError: The cache or the newest checkpoint is damaged or unfinished.
+        ArtifactError: The cache is damaged or unfinished, or every checkpoint is damaged.
         TokenizerMismatchError: The checkpoint was trained on another tokenizer's tokens.
         NotFiniteError: The loss or the gradient is no longer a number.
     """
@@ -84,15 +86,35 @@ def run(
         manifest = cache.manifest
         codebook = cache.codebook
     identity = CacheIdentity.of(cache_path, manifest)
-    trainer = Trainer(config, manifest, codebook, identity, out_dir)
-    newest = checkpoints.latest(out_dir)
-    if newest is not None:
-        if not resume:
+    device = distributed.local_device(pick_device(config.run.device))
+    with distributed.join(device) as ranks:
+        trainer = Trainer(config, manifest, codebook, identity, out_dir, ranks, device)
+        found = _newest(out_dir, ranks, is_wanted=resume)
+        if found is not None:
+            trainer.restore(*found)
+        return trainer.train(cache_path, min(config.run.steps, stop_after or config.run.steps))
+
+
+def _newest(out_dir: Path, ranks: Ranks, *, is_wanted: bool) -> tuple[Path, Checkpoint] | None:
+    """Return the checkpoint to go on from, the same one on every rank."""
+    read: dict[Path, Checkpoint] = {}
+
+    def find() -> Path | None:
+        newest = checkpoints.latest(out_dir)
+        if newest is not None and not is_wanted:
             raise ConfigError(
                 f"{out_dir} holds a run already ({newest.name}). Resume it, or pass another --out."
             )
-        trainer.restore(newest)
-    return trainer.train(cache_path, min(config.run.steps, stop_after or config.run.steps))
+        found = checkpoints.newest_good(out_dir)
+        if found is None:
+            return None
+        read.update([found])
+        return found[0]
+
+    path = ranks.from_first(find)
+    if path is None:
+        return None
+    return path, read[path] if path in read else checkpoints.load(path)
 
 
 class Trainer:
@@ -105,52 +127,60 @@ class Trainer:
         codebook: Codebook,
         cache: CacheIdentity,
         out_dir: Path,
+        ranks: Ranks,
+        device: torch.device,
     ) -> None:
         """Build model and optimizer, freshly initialised from the run's seed.
 
         Raises:
-            ConfigError: The settings do not go with the cache.
+            ConfigError: The settings do not go with the cache or the number of ranks.
         """
         self.config = config
-        self.device = pick_device(config.run.device)
-        self._is_bf16 = uses_bf16(config.run.precision, self.device)
+        self._ranks = ranks
+        self._device = device
         self._cache = cache
         self._out_dir = out_dir
         self._spec: VitSpec = vit_spec(config.model, manifest, config.data.image_size)
-        sizes = [shard.num_samples for shard in manifest.shards]
-        self._order = BatchOrder(sizes, config.data.batch_size, seed=config.run.seed)
-        torch.manual_seed(config.run.seed)
-        self.objective = build_objective(config, manifest, codebook).to(self.device)
-        self._optimizer = build_optimizer(self.objective, config.optim)
+        self._stepper = Stepper(config, manifest, codebook, ranks, device)
+        self.objective = self._stepper.objective
+        self._viewer = Viewer(self.objective, config, codebook, manifest.grid, out_dir, device)
+        self._utilisation: flops.Utilisation | None = None
+        share = self._stepper.share
+        self._order = BatchOrder(
+            [shard.num_samples for shard in manifest.shards],
+            config.data.batch_size,
+            seed=config.run.seed,
+            first=ranks.rank * share,
+            count=share,
+        )
         self.step = 0  # done
         self._losses: tuple[float, float] | None = None  # first and last
         self._last_saved: Path | None = None
         self._metrics: list[dict[str, float]] = []  # of the steps since the last row, checked
-        self._unchecked: list[tuple[int, list[str], dict[str, torch.Tensor]]] = []
+        # Step, keys and shares of the metrics of this rank.
+        self._unchecked: list[tuple[int, list[str], dict[str, Tensor]]] = []
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, loaded: Checkpoint) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            ArtifactError: It is damaged.
             TokenizerMismatchError: It was trained on another tokenizer's tokens.
             ConfigError: Samples or settings differ.
         """
-        loaded = checkpoints.load(path)
         checkpoints.check_resume(path, loaded, self.config, self._cache)
-        self.objective.load_state_dict(loaded.model)
-        self._optimizer.load_state_dict(loaded.optimizer)
+        self._stepper.load(State(loaded.model, loaded.optimizer, loaded.average))
         progress = loaded.header.progress
         self.step = progress.step
         self._losses = progress.first_loss, progress.last_loss
         self._metrics = list(progress.unlogged)
         self._last_saved = path
-        logger.info("resuming from %s", path)
+        self._say("resuming from %s", path)
 
     def train(self, cache_path: str | Path, last_step: int) -> TrainSummary:
         """Take steps until `last_step` are done or a signal asks to leave."""
         config = self.config
-        files.sweep(self._out_dir)
+        if self._ranks.is_first:
+            files.sweep(self._out_dir)
         dataset = CachedViews(
             cache_path,
             image_size=self.objective.image_size,
@@ -162,35 +192,43 @@ class Trainer:
             dataset,
             map(self._order.picks, range(self.step, last_step)),
             num_workers=config.data.num_workers,
-            device=self.device,
+            device=self._device,
         )
         self.objective.train()
         first_step, log_every = self.step, config.run.log_every
-        watch = _Stopwatch()
+        watch = Stopwatch()
         with (
-            RunLog(self._out_dir, resumed_step=self.step) as log,
+            self._open_log() as log,
             contextlib.closing(batches),
             contextlib.closing(dataset),
-            _stop_request() as stop,
+            rare_collections() as step_done,
+            stop_request() as stop,
         ):
             while self.step < last_step:
                 with watch.waiting():
                     batch = next(batches)
-                self._take_step(batch)
-                leaving = self.step == last_step or stop.is_set()
+                if self.step == first_step:
+                    self._utilisation = self._viewer.utilisation(batch, self.step)
+                found = self._stepper.take(self.step, batch)
+                self.step += 1
+                self._unchecked.append((self.step, batch.keys, found))
+                step_done(self.step)
+                leaving = self.step == last_step or self._is_asked_to_leave(stop)
                 is_row_due = self.step in (1, config.run.steps) or self.step % log_every == 0
                 is_save_due = leaving or self.step % config.run.checkpoint_every == 0
                 if is_row_due or is_save_due:
                     self._check()
                 if is_row_due:
                     self._log(log, watch)
+                if log is not None and self._viewer.is_picture_due(self.step):
+                    self._viewer.draw(log, batch, self.step)
                 if is_save_due:
                     self._save()
                 if leaving:
                     break
         finished = self.step >= config.run.steps
         if not finished:
-            logger.info("left after step %d; the same command goes on from there", self.step)
+            self._say("left after step %d; the same command goes on from there", self.step)
         assert self._losses is not None
         assert self._last_saved is not None
         num_images = (self.step - first_step) * config.data.batch_size
@@ -205,39 +243,12 @@ class Trainer:
             finished=finished,
         )
 
-    def _take_step(self, batch: Batch) -> None:
-        config, step = self.config, self.step
-        torch.manual_seed(derived_seed(config.run.seed, step, "model"))
-        set_learning_rate(self._optimizer, learning_rate(step, config))
-        self._optimizer.zero_grad()
-        size = config.data.micro_batch_size or config.data.batch_size
-        total: dict[str, torch.Tensor] = {}
-        for first in range(0, config.data.batch_size, size):
-            part = batch.part(first, first + size)
-            for name, value in self._add_gradients(part, first).items():
-                total[name] = total[name] + value if name in total else value
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.objective.parameters(), config.optim.clip_norm or math.inf
-        )
-        self._optimizer.step()
-        self.step += 1
-        self._unchecked.append((self.step, batch.keys, {**total, "gradient_norm": norm}))
-
-    def _add_gradients(self, batch: Batch, first: int) -> dict[str, torch.Tensor]:
-        """Add a micro-batch's share to the gradients; return its share of loss and metrics."""
-        config = self.config
-        generator = SampleGenerator(
-            config.run.seed, self.step, first=first, count=len(batch.keys), device=self.device
-        )
-        share = len(batch.keys) / config.data.batch_size
-        targets = batch.targets(self.device)
-        images = targets.clean
-        if config.data.color_jitter:
-            images = pixels.jitter_colour(images, config.data.color_jitter, generator)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16):
-            result = self.objective(images, targets, generator)
-        (result["loss"] * share).backward()
-        return {name: value.detach() * share for name, value in result.items()}
+    def _is_asked_to_leave(self, stop: threading.Event) -> bool:
+        """Say whether any rank was; all ranks get the same answer for a step."""
+        ranks = self._ranks
+        if ranks.size > 1 and self._device.type == "cuda" and self.step % _AGREE_EVERY:
+            return False
+        return bool(ranks.max(stop.is_set()))
 
     def _check(self) -> None:
         """Fetch the metrics of the last steps and see that they are numbers.
@@ -247,17 +258,32 @@ class Trainer:
         """
         if not self._unchecked:
             return
-        rows = torch.stack([torch.stack(list(found.values())) for _, _, found in self._unchecked])
-        for (step, keys, found), row in zip(self._unchecked, rows.tolist(), strict=True):
+        rows = torch.stack([torch.stack(list(found.values())) for *_, found in self._unchecked])
+        own = rows.cpu()
+        total = self._ranks.sum(own)
+        total[:, -1] = own[:, -1]  # the norm of the gradient is the whole batch's already
+        for (step, keys, found), row, part in zip(
+            self._unchecked, total.tolist(), own.tolist(), strict=True
+        ):
             values = dict(zip(found, row, strict=True))
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-                raise NotFiniteError(_not_finite_message(step, keys, values))
+                is_guilty = not math.isfinite(dict(zip(found, part, strict=True))["loss"])
+                self._stop_at(step, keys, values, is_guilty=is_guilty)
             self._metrics.append(values)
         self._unchecked.clear()
         if self._losses is None:
             self._losses = self._metrics[0]["loss"], self._metrics[0]["loss"]
 
-    def _log(self, log: RunLog, watch: "_Stopwatch") -> None:
+    def _stop_at(
+        self, step: int, keys: list[str], values: dict[str, float], *, is_guilty: bool
+    ) -> NoReturn:
+        """Name the samples of the ranks whose loss is not finite, or of all if none is."""
+        parts = self._ranks.gather((is_guilty, keys))
+        guilty = [part for part in parts if part[0]] or parts
+        named = [key for _, part in guilty for key in part]
+        raise NotFiniteError(_not_finite_message(step, named, values))
+
+    def _log(self, log: RunLog | None, watch: Stopwatch) -> None:
         means = {
             name: sum(values[name] for values in self._metrics) / len(self._metrics)
             for name in self._metrics[0]
@@ -265,18 +291,43 @@ class Trainer:
         assert self._losses is not None
         self._losses = self._losses[0], means["loss"]
         elapsed_s, waited_s, num_steps = watch.lap()
+        waited_s = self._ranks.max(waited_s)  # the others wait for that rank
+        images_per_s = num_steps * self.config.data.batch_size / elapsed_s
+        mfu = None
+        if self._utilisation is not None:
+            mfu = self._utilisation.mfu(images_per_s, self._ranks.size)
         row = LogRow(
             step=self.step,
             epoch=(self.step - 1) // self._order.steps_per_epoch,
             metrics=means,
             learning_rate=learning_rate(self.step - 1, self.config),
-            images_per_s=num_steps * self.config.data.batch_size / elapsed_s,
+            images_per_s=images_per_s,
             data_wait=waited_s / elapsed_s,
+            mfu=mfu,
         )
         self._metrics.clear()
-        log.write(row, remaining_s=(self.config.run.steps - self.step) * elapsed_s / num_steps)
+        if log is not None:
+            log.write(row, remaining_s=(self.config.run.steps - self.step) * elapsed_s / num_steps)
+
+    def _open_log(self) -> contextlib.AbstractContextManager[RunLog | None]:
+        if self._ranks.is_first:
+            return RunLog(
+                self._out_dir,
+                resumed_step=self.step,
+                wandb_project=self.config.run.wandb_project,
+                settings=self.config.model_dump(mode="json"),
+            )
+        return contextlib.nullcontext()
+
+    def _say(self, message: str, *values: object) -> None:
+        if self._ranks.is_first:
+            logger.info(message, *values)
 
     def _save(self) -> None:
+        self._last_saved = checkpoints.path_of(self._out_dir, self.step)
+        state = self._stepper.state()
+        if state is None:
+            return
         assert self._losses is not None
         progress = Progress(
             step=self.step,
@@ -291,66 +342,9 @@ class Trainer:
             model_arguments=self._spec.arguments,
             config=self.config.model_dump(mode="json"),
         )
-        content = Checkpoint(header, self.objective.state_dict(), self._optimizer.state_dict())
-        keep = self.config.run.keep_checkpoints
-        self._last_saved = checkpoints.save(self._out_dir, content, keep=keep)
+        content = Checkpoint(header, state.model, state.optimizer, state.average)
+        checkpoints.save(self._out_dir, content, keep=self.config.run.keep_checkpoints)
         logger.info("wrote %s", self._last_saved)
-
-
-class _Stopwatch:
-    """Time of the run and of each interval, and how much of it was spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._started = self._lap_started = time.perf_counter()
-        self._lap_waited_s = 0.0
-        self.total_waited_s = 0.0
-        self._steps = 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        waited_s = time.perf_counter() - began
-        self._steps += 1
-        self._lap_waited_s += waited_s
-        self.total_waited_s += waited_s
-
-    @property
-    def total_s(self) -> float:
-        return time.perf_counter() - self._started
-
-    def lap(self) -> tuple[float, float, int]:
-        """Return seconds, seconds waited and steps since the last lap."""
-        now = time.perf_counter()
-        lap = (now - self._lap_started, self._lap_waited_s, self._steps)
-        self._lap_started, self._lap_waited_s, self._steps = now, 0.0, 0
-        return lap
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set; the second signal acts as it did before."""
-    stop = threading.Event()
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        previous.clear()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        logger.info("%s: leaving after this step", signal.Signals(number).name)
-        stop.set()
-        restore()
-
-    # Python allows handlers in the main thread only; elsewhere nobody can ask.
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _not_finite_message(step: int, keys: list[str], values: dict[str, float]) -> str:

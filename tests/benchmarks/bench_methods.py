@@ -166,7 +166,7 @@ def train_and_probe(work: Path, method: str, tokens: str, seed: int, steps: int)
     summary = train.run(config, work / f"cache-{tokens}-train", out)
     cpu_s = time.process_time() - began
     result = evaluate.probe(
-        out, test_cache=work / f"cache-{tokens}-test", max_samples=NUM_PROBED, seed=seed,
+        out, test_data=work / f"cache-{tokens}-test", max_samples=NUM_PROBED, seed=seed,
         device="cpu",
     )  # fmt: skip
     return {

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from cache_builder.cli import app
 from cache_builder.errors import ConfigError
-from tests.trainer.caches import TINY
+from tests.trainer.caches import TINY, tiny_config
 from trainer.config import load_config, recipe_names
 from trainer.objectives import METHOD_NAMES
 
@@ -109,3 +109,8 @@ def test_the_command_trains_by_a_method_into_a_folder_of_its_name(
         done = CliRunner().invoke(app, ["train", *choice, "--cache", str(tiny_cache), *words])
         assert done.exit_code == 0, done.output
         assert (tmp_path / "runs" / name / "log.jsonl").is_file()
+
+
+def test_pictures_of_a_sharded_model_are_refused():
+    with pytest.raises(ConfigError, match=r"picture_every.*no process has the whole model"):
+        tiny_config(run={"sharding": "fsdp", "picture_every": 10})

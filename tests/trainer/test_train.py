@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from cache_builder.errors import (
     NotFiniteError,
     TokenizerMismatchError,
 )
+from cache_builder.stores import open_store
 from tests import factories
 from tests.trainer.caches import make_cache, tiny_config
 from trainer import checkpoint as checkpoints
@@ -31,8 +33,16 @@ from trainer import train
 import torch
 torch.set_num_threads(1)
 cache, out = map(Path, sys.argv[1:])
-train.run(tiny_config(run={"checkpoint_every": 3}), cache, out)
+train.run(tiny_config(run={"checkpoint_every": 3}, **{MANNER}), cache, out)
 """
+
+# Everything that has a state of its own, or draws at random.
+MANNER = {
+    "data": {"micro_batch_size": 2, "color_jitter": 0.4},
+    "model": {"drop_path": 0.3},
+    "optim": {"ema": 0.9, "layer_decay": 0.8},
+}
+TRAIN = TRAIN.replace("{MANNER}", repr(MANNER))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +85,8 @@ def test_training_learns_what_visible_patches_tell_of_masked_ones(tmp_path):
 def test_a_killed_run_repeats_the_losses_of_an_undisturbed_one_to_the_bit(tmp_path, layout):
     cache = make_cache(tmp_path, layout=layout)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train.run(tiny_config(run={"checkpoint_every": 3}), cache, whole)
+    config = tiny_config(run={"checkpoint_every": 3}, **MANNER)
+    train.run(config, cache, whole)
     argv = [sys.executable, "-c", TRAIN, str(cache), str(killed)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}  # noqa: PTH109
     process = subprocess.Popen(argv, env=environment)
@@ -84,19 +95,38 @@ def test_a_killed_run_repeats_the_losses_of_an_undisturbed_one_to_the_bit(tmp_pa
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    train.run(tiny_config(run={"checkpoint_every": 3}), cache, killed)
+    train.run(config, cache, killed)
     assert losses(killed) == losses(whole)
     assert_equal_weights(weights(killed), weights(whole))
+    ends = [checkpoints.load(out).average for out in (killed, whole)]
+    assert_equal_weights(*ends)
 
 
 def test_stopping_and_going_on_changes_nothing_wherever_it_happens(cache, tmp_path):
-    config = tiny_config(model={"drop_path": 0.3}, data={"color_jitter": 0.4})
+    config = tiny_config(**MANNER)
     train.run(config, cache, tmp_path / "whole")
     for stop_after in (1, 4, 7):
         train.run(config, cache, tmp_path / "parts", stop_after=stop_after)
     train.run(config, cache, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_equal_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_another_number_of_workers_goes_on_with_the_very_next_batch(cache, tmp_path):
+    train.run(tiny_config(), cache, tmp_path / "whole")
+    train.run(tiny_config(data={"num_workers": 2}), cache, tmp_path / "parts", stop_after=5)
+    train.run(tiny_config(), cache, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_cache_on_object_storage_trains_as_the_same_one_on_a_disk(cache, bucket, tmp_path):
+    there = open_store(f"{bucket}/cache")
+    for path in cache.rglob("*"):
+        if path.is_file():
+            there.publish(path.relative_to(cache).as_posix(), path.read_bytes())
+    train.run(tiny_config(), cache, tmp_path / "disk", stop_after=4)
+    train.run(tiny_config(), f"{bucket}/cache", tmp_path / "store", stop_after=4)
+    assert losses(tmp_path / "store") == losses(tmp_path / "disk")
 
 
 def test_sigterm_finishes_the_step_and_writes_a_checkpoint(cache, tmp_path):
@@ -167,10 +197,33 @@ def test_only_the_newest_checkpoints_are_kept(cache, tmp_path):
     assert names == ["step_00000008.pt", "step_00000010.pt", "step_00000012.pt"]
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_out(cache, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(cache, tmp_path, caplog):
+    config = tiny_config(run={"checkpoint_every": 4, "keep_checkpoints": 2})
+    newest = train.run(config, cache, tmp_path).checkpoint
+    undisturbed = losses(tmp_path), weights(newest)
+    factories.flip_byte(newest)
+    assert train.run(config, cache, tmp_path).steps == 12
+    assert re.search(
+        rf"{newest.name}: member .* is damaged.*from step_00000008.pt instead", caplog.text
+    )
+    assert losses(tmp_path) == undisturbed[0]
+    assert_equal_weights(weights(newest), undisturbed[1])
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_outlive_the_next_one(cache, tmp_path):
+    config = tiny_config(run={"checkpoint_every": 3, "keep_checkpoints": 1})
+    train.run(config, cache, tmp_path, stop_after=3)
+    later = tmp_path / "checkpoints" / "step_00000007.pt"
+    later.write_bytes(b"PK")
+    train.run(config, cache, tmp_path, stop_after=6)
+    names = sorted(path.name for path in later.parent.iterdir())
+    assert names == ["step_00000006.pt"]
+
+
+def test_a_run_without_a_good_checkpoint_says_how_to_begin_again(cache, tmp_path):
     newest = train.run(tiny_config(), cache, tmp_path).checkpoint
     factories.flip_byte(newest)
-    with pytest.raises(ArtifactError, match=rf"{newest.name}.*Delete {newest.name}"):
+    with pytest.raises(ArtifactError, match=rf"{newest.name}.*No good checkpoint.*begin again"):
         train.run(tiny_config(run={"steps": 20}), cache, tmp_path)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -29,6 +28,7 @@ from trainer import finetune_checkpoint as checkpoints
 from trainer import pixels, settings
 from trainer.backbones import Backbone, load_backbone
 from trainer.checkpoint import latest as latest_of_training
+from trainer.classifier import build_classifier, classifier_arguments
 from trainer.draws import derived_seed
 from trainer.evaluate import CentreSquares, accuracy_of, five_best
 from trainer.finetune_checkpoint import Finetuned, Header, Progress
@@ -339,7 +339,7 @@ class Finetuner:
         header = Header(
             progress=progress,
             model_name=backbone.name,
-            model_arguments={**backbone.arguments, **_classifier(self._split.num_classes)},
+            model_arguments={**backbone.arguments, **classifier_arguments(self._split.num_classes)},
             is_ours=backbone.is_ours,
             image_size=backbone.image_size,
             mean=backbone.mean,
@@ -389,34 +389,6 @@ class Finetuner:
         self._best_top1 = header.progress.best_top1
         self._last_saved = path
         logger.info("resuming from %s", path)
-
-
-def build_classifier(
-    backbone: Backbone, num_classes: int, config: FinetuneConfig
-) -> VisionTransformer:
-    """Return the ViT with a fresh norm and a linear classifier on its mean patch token.
-
-    Raises:
-        ConfigError: It is no plain ViT.
-    """
-    model = backbone.build(
-        trained=config.model.weights == "trained",
-        drop_path=config.model.drop_path,
-        **_classifier(num_classes),
-    )
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(
-            f"{backbone.origin} is no plain Vision Transformer of timm; name one to fine-tune."
-        )
-    nn.init.trunc_normal_(model.head.weight, std=0.02)
-    nn.init.zeros_(model.head.bias)
-    with torch.no_grad():
-        model.head.weight.mul_(config.model.head_scale)
-    return model
-
-
-def _classifier(num_classes: int) -> dict[str, Any]:
-    return {"num_classes": num_classes, "global_pool": "avg"}
 
 
 def _make_mixup(config: FinetuneConfig, num_classes: int) -> Mixup | None:

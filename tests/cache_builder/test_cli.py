@@ -16,7 +16,7 @@ from tests import factories
 
 COMMANDS = (
     "fit", "build", "verify", "convert", "merge", "subset", "inspect", "serve", "train", "probe",
-    "export",
+    "finetune", "export",
 )  # fmt: skip
 CLI = [sys.executable, "-m", "cache_builder.cli"]
 

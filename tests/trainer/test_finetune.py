@@ -16,6 +16,7 @@ from tests.trainer.caches import tiny_config
 from trainer import evaluate, finetune, train
 from trainer import finetune_checkpoint as checkpoints
 from trainer.backbones import load_backbone
+from trainer.classifier import build_classifier
 from trainer.export import export
 from trainer.finetune_config import (
     FINETUNE_RECIPES,
@@ -97,7 +98,7 @@ def test_it_begins_with_the_trained_weights_and_a_fresh_norm_and_head(places):
     config = tiny()
     torch.manual_seed(0)
     backbone = load_backbone(places[1])
-    model = finetune.build_classifier(backbone, 2, config)
+    model = build_classifier(backbone, 2, config)
     for name, tensor in backbone.state.items():
         if not name.startswith("norm."):
             assert torch.equal(model.state_dict()[name], tensor), name
@@ -105,7 +106,7 @@ def test_it_begins_with_the_trained_weights_and_a_fresh_norm_and_head(places):
     assert torch.equal(model.fc_norm.weight, torch.ones(32))
     assert 0 < model.head.weight.abs().max() < 1e-4
     assert model.global_pool == "avg"
-    scratch = finetune.build_classifier(backbone, 2, tiny(model={"weights": "random"}))
+    scratch = build_classifier(backbone, 2, tiny(model={"weights": "random"}))
     assert not torch.equal(scratch.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cache_builder.errors import ArtifactError, ConfigError
 from trainer import checkpoint as checkpoints
 from trainer import finetune_checkpoint
+from trainer.config import Init
 from trainer.model import VitSpec, build_vit
 
 Rgb = tuple[float, float, float]
@@ -44,7 +45,7 @@ class Backbone(NamedTuple):
     image_size: int
     mean: Rgb  # of the input in [0, 1]
     std: Rgb
-    is_ours: bool  # initialised as the trainer does, where it is initialised anew
+    init: Init | None  # of the trainer, where it is initialised anew; None: timm's own
     provenance: Mapping[str, Any]  # where the weights come from, for an export
     cache: str | None = None  # that it was trained from
     images: str | None = None  # where those of the cache lie, if not in it
@@ -63,8 +64,8 @@ class Backbone(NamedTuple):
             ArtifactError: The weights are not those of the model.
         """
         arguments = {**self.arguments, **changes}
-        if self.is_ours:
-            model: nn.Module = build_vit(VitSpec(self.name, arguments), drop_path)
+        if self.init is not None:
+            model: nn.Module = build_vit(VitSpec(self.name, arguments, self.init), drop_path)
         elif drop_path:
             model = timm.create_model(self.name, **arguments, drop_path_rate=drop_path)
         else:
@@ -114,7 +115,7 @@ def _of_training(path: Path) -> Backbone:
         image_size=header.vit_spec.image_size,
         mean=data.mean,
         std=data.std,
-        is_ours=True,
+        init=header.vit_spec.init,
         provenance={"fingerprint": header.cache.fingerprint, "step": header.progress.step},
         cache=header.cache.path,
         images=data.images,
@@ -132,7 +133,7 @@ def _of_finetuning(path: Path) -> Backbone:
         image_size=header.image_size,
         mean=header.mean,
         std=header.std,
-        is_ours=header.is_ours,
+        init=header.init,
         provenance={**header.provenance, "finetune_step": header.progress.step},
         class_names=header.class_names,
     )
@@ -160,11 +161,11 @@ def _of_export(path: Path) -> Backbone:
         image_size=metadata["arguments"]["img_size"],
         mean=_rgb(metadata["mean"]),
         std=_rgb(metadata["std"]),
-        is_ours=True,
+        init=metadata["init"],
         provenance={
             key: value
             for key, value in metadata.items()
-            if key not in ("model", "arguments", "mean", "std", "class_names")
+            if key not in ("model", "arguments", "init", "mean", "std", "class_names")
         },
         class_names=tuple(metadata.get("class_names", ())),
     )
@@ -202,7 +203,7 @@ def _of_timm(text: str) -> Backbone:
         image_size=int(rule["input_size"][-1]),
         mean=_rgb(rule["mean"]),
         std=_rgb(rule["std"]),
-        is_ours=False,
+        init=None,
         provenance={"weights": text},
     )
 

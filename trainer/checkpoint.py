@@ -111,7 +111,9 @@ class Header(BaseModel, frozen=True, extra="forbid"):
     @property
     def vit_spec(self) -> VitSpec:
         """The ViT's shape."""
-        return VitSpec(self.model_name, dict(self.model_arguments))
+        model = self.config["model"]
+        init: Any = model.get("init", "beit") if isinstance(model, dict) else "beit"
+        return VitSpec(self.model_name, dict(self.model_arguments), init)
 
 
 class Checkpoint(NamedTuple):

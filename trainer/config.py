@@ -21,6 +21,8 @@ from trainer.objectives.interface import MethodConfig
 
 logger = logging.getLogger(__name__)
 
+Init = Literal["beit", "mae"]
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -81,6 +83,11 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     depth: int | None = Field(None, gt=0, description="number of blocks; none: as the name says")
     num_heads: int | None = Field(None, gt=0, description="must divide D; none: as the name says")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
+    init: Init = Field(
+        "beit",
+        description="beit: normal with 0.02, as the BEiT family; mae: scaled by the width, with "
+        "positions that start as sines, as MAE: for narrow models and short runs",
+    )
     layer_scale: float | None = Field(None, gt=0, description="initial LayerScale; none: no scale")
     activation_checkpointing: bool = Field(
         False,

@@ -53,6 +53,7 @@ def export(model: str | Path, out: str | Path, layout: Layout = "timm") -> str:
     description = {
         "model": backbone.name,
         "arguments": backbone.arguments,
+        "init": backbone.init,
         "mean": backbone.mean,
         "std": backbone.std,
         **({"class_names": backbone.class_names} if backbone.class_names else {}),

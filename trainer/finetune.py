@@ -340,7 +340,7 @@ class Finetuner:
             progress=progress,
             model_name=backbone.name,
             model_arguments={**backbone.arguments, **classifier_arguments(self._split.num_classes)},
-            is_ours=backbone.is_ours,
+            init=backbone.init,
             image_size=backbone.image_size,
             mean=backbone.mean,
             std=backbone.std,

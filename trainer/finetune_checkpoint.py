@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.codebook import check_format_version
+from trainer.config import Init
 
 FORMAT_VERSION: Final = 1
 
@@ -39,7 +40,7 @@ class Header(BaseModel, frozen=True, extra="forbid"):
     progress: Progress
     model_name: str = Field(description="of timm")
     model_arguments: dict[str, JsonValue] = Field(description="of timm.create_model")
-    is_ours: bool = Field(description="whether the trainer's initialisation belongs to the model")
+    init: Init | None = Field(description="of the trainer, that belongs to the model; none: timm's")
     image_size: int = Field(gt=0)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -13,7 +13,8 @@ from torch import nn
 
 from cache_builder.errors import ConfigError
 from cache_builder.formats import CacheManifest, Codebook
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import Init, ModelConfig, TrainConfig
+from trainer.initialise import init_as_mae
 from trainer.objectives import load_method
 from trainer.objectives.interface import Normalise, Parts
 
@@ -23,6 +24,7 @@ class VitSpec(NamedTuple):
 
     name: str
     arguments: dict[str, Any]
+    init: Init = "beit"
 
     @property
     def image_size(self) -> int:
@@ -61,14 +63,15 @@ def vit_spec(
         "num_heads": config.num_heads,
         "init_values": config.layer_scale,
     }
-    return VitSpec(config.name, {k: v for k, v in arguments.items() if v is not None})
+    given = {key: value for key, value in arguments.items() if value is not None}
+    return VitSpec(config.name, given, config.init)
 
 
 def build_vit(spec: VitSpec, drop_path: float = 0.0) -> VisionTransformer:
     """Return a freshly initialised ViT, drawn from torch's default generator.
 
-    timm's initialisation; the output projections of block i (from 1) are divided by sqrt(2 i), as
-    the code of BEiT (arXiv:2106.08254) does.
+    `beit` is timm's initialisation, with the output projections of block i (from 1) divided by
+    sqrt(2 i), as the code of BEiT (arXiv:2106.08254) does; `mae` is `initialise.init_as_mae`.
 
     Raises:
         ConfigError: timm cannot build it, or its blocks are not plain ones.
@@ -86,7 +89,10 @@ def build_vit(spec: VitSpec, drop_path: float = 0.0) -> VisionTransformer:
         raise ConfigError(
             f"{spec.name} has blocks of its own kind; pick a plain ViT, as vit_base_patch16_224."
         )
-    vit.fix_init_weight()
+    if spec.init == "mae":
+        init_as_mae(vit, vit.patch_embed.grid_size)
+    else:
+        vit.fix_init_weight()
     return vit
 
 
@@ -100,7 +106,10 @@ def build_objective(config: TrainConfig, manifest: CacheManifest, codebook: Code
     vit = build_vit(spec, config.model.drop_path)
     normalise = Normalise(config.data.mean, config.data.std)
     parts = Parts(vit, manifest, codebook, normalise)
-    return load_method(config.objective.method).build(config.objective, parts)
+    objective = load_method(config.objective.method).build(config.objective, parts)
+    if spec.init == "mae":
+        init_as_mae(objective, vit.patch_embed.grid_size)
+    return objective
 
 
 def pick_device(name: str) -> torch.device:

@@ -31,7 +31,7 @@ from tests.conftest import DATA
 WEIGHTS = DATA / "weights" / "mobilenetv2_100.same.fp16.safetensors"
 K = 512
 NUM_PROBED = 10_000
-MODEL = {"embed_dim": 128, "depth": 4, "num_heads": 4}
+MODEL = {"embed_dim": 128, "depth": 4, "num_heads": 4, "init": "mae"}
 DROP = {"masked_tokens": "drop", "decoder_depth": 1, "decoder_dim": 64}
 
 MASKED = {"mask_ratio": 0.75, "mask_kind": "random", **DROP}

@@ -22,7 +22,7 @@ from cache_builder import files
 from cache_builder.errors import ConfigError, NotFiniteError
 from cache_builder.formats import CacheManifest, Codebook, TokenCache
 from trainer import checkpoint as checkpoints
-from trainer import distributed, flops
+from trainer import distributed, finetune_checkpoint, flops
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
 from trainer.config import TrainConfig
 from trainer.data import BatchOrder, CachedViews, read_batches
@@ -82,6 +82,10 @@ def run(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after counts steps from 1; it cannot be {stop_after}.")
     out_dir = Path(out_dir)
+    if finetune_checkpoint.is_finetuned(out_dir):
+        raise ConfigError(
+            f"{out_dir} holds a run of fine-tuning, whose log would be lost. Pass another --out."
+        )
     with TokenCache.open(cache_path, config.data.tokenizer) as cache:
         manifest = cache.manifest
         codebook = cache.codebook

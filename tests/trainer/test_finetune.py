@@ -187,6 +187,13 @@ def test_the_directory_of_a_pre_training_is_refused(places, tmp_path):
         finetune.run(tiny(), model, images, model.parent.parent)
 
 
+def test_pre_training_refuses_the_directory_of_a_fine_tuning(places, tmp_path):
+    images, model = places
+    finetune.run(tiny(), model, images, tmp_path / "tuned")
+    with pytest.raises(ConfigError, match=r"holds a run of fine-tuning.*another --out"):
+        train.run(tiny_config(), images.parent / "cache", tmp_path / "tuned")
+
+
 def test_the_command_line_fine_tunes_probes_inspects_and_exports(places, tmp_path, patchcache):
     images, model = places
     settings = ["data.batch_size=16", "run.epochs=2", "run.device=cpu"]

@@ -183,6 +183,7 @@ def _bundled(demo: Demo) -> tuple[list[Route], list[str]]:
     return routes, [
         "run.steps=800",
         "run.log_every=40",
+        "run.picture_every=200",
         "data.batch_size=64",
         "data.color_jitter=0",
         "objective.mask_ratio=0.5",
@@ -203,6 +204,7 @@ def _own(demo: Demo, data: Path) -> tuple[list[Route], list[str]]:
     return [route], [
         f"run.steps={num_steps}",
         "run.log_every=20",
+        f"run.picture_every={num_steps}",
         f"data.batch_size={batch_size}",
         "optim.warmup_steps=20",
     ]

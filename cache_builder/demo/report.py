@@ -1,5 +1,6 @@
 """The report of the demo: one HTML page that needs nothing but itself."""
 
+import base64
 import html
 import json
 from pathlib import Path
@@ -132,8 +133,13 @@ def _training_section(material: Material) -> str:
             f'<p class="muted">{html.escape(material.probe_note)}</p>'
         )
     title = html.escape(material.routes[-1].title)
+    predicted = max(material.log.parent.glob("pictures/step_*.png"))
+    uri = "data:image/png;base64," + base64.b64encode(predicted.read_bytes()).decode()
     return (
-        f"<h2>Training from the cache: {title}</h2>{drawn}<h3>What the ViT has learned</h3>{table}"
+        f"<h2>Training from the cache: {title}</h2>{drawn}"
+        "<p>What the ViT was given late in the run, and the tokens that it predicted:</p>"
+        f'<img class="sheet" alt="input, visible patches, target and predicted tokens" src="{uri}">'
+        f"<h3>What the ViT has learned</h3>{table}"
     )
 
 

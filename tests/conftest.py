@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import urllib.request
 import uuid
 from pathlib import Path
@@ -15,6 +16,12 @@ from tests.servers import GoogleStorage
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PATCHCACHE_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_configure():
+    # A shell starts what it puts into the background with Ctrl-C ignored, and that is inherited.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):

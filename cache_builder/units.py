@@ -42,7 +42,6 @@ from cache_builder.tokenizers import PatchTokenizer
 
 logger = logging.getLogger(__name__)
 
-
 _IMAGES_PER_BATCH = 16
 
 

@@ -12,14 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from cache_builder import ray_cluster
+from cache_builder import ray_cluster, ray_jobs
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.ray_jobs import map_units
 
 SETTINGS = {
     "num_units": 10, "seconds": 0.2, "workers": None, "poison": [], "patience": 20,
-    "gpus": 0, "at_once": 1, "hungry": [],
+    "gpus": 0, "at_once": 1, "hungry": [], "tries": 4,
 }  # fmt: skip
 BITE_BYTES = 50 << 20  # of a hungry unit, where memory is short
 
@@ -59,6 +59,7 @@ def main(address, settings):
     # Ray looks for modules where the driver does, which on other machines finds nothing.
     sys.path.remove(os.environ["PYTHONPATH"])
     ray_cluster._HEAD_PATIENCE_S = settings["patience"]
+    ray_jobs._MAX_TRIES = settings["tries"]
     finished = map_units(
         lambda: Waits(settings["seconds"], settings["poison"], settings["hungry"]),
         range(settings["num_units"]),

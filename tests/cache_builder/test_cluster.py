@@ -264,7 +264,7 @@ def test_where_memory_is_short_the_pool_gets_smaller_and_the_unit_is_done_elsewh
 
 @pytest.mark.usefixtures("small_node")
 def test_a_unit_that_memory_is_too_small_for_is_given_up_with_what_to_do(cluster):
-    job = Job(cluster.address, num_units=3, workers=1, gpus=1, hungry=[1])
+    job = Job(cluster.address, num_units=3, workers=1, gpus=1, hungry=[1], tries=2)
     try:
         status, err = job.end()
     finally:

@@ -520,3 +520,16 @@ def test_patches_are_those_of_the_official_ccvit_code():
     normalised = (torch.from_numpy(images) - mean) / std
     ours = patchify(normalised, 16)[0, recorded["x_patch_rows"]]
     np.testing.assert_allclose(ours, recorded["x_patches"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_view_is_what_torchvision_cuts_and_resizes(interpolation):
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import resized_crop
+
+    picture = decode(encode(draw_photo(3, 120, 170)))
+    for box in ((0, 0, 120, 170), (7, 31, 64, 50), (20, 20, 48, 48), (100, 150, 3, 5)):
+        expected = resized_crop(
+            picture, *box, [48, 48], InterpolationMode(interpolation), antialias=True
+        )
+        assert torch.equal(apply_view(picture, View(*box, False), 48, interpolation), expected)

@@ -158,7 +158,7 @@ def test_nodes_get_the_package_with_its_kernels_and_each_warning_is_told_once(cl
 
 def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewhere(cluster):
     # Five workers for three CPUs: two of them are pending, and hold up nothing.
-    job = Job(cluster.address, num_units=60, seconds=0.5, workers=5)
+    job = Job(cluster.address, num_units=150, seconds=0.5, workers=5)
     try:
         job.wait_until(lambda: len(job.nodes) == 3)
         before = job.nodes
@@ -171,7 +171,7 @@ def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewher
     finally:
         job.process.kill()
     assert status == 0, err
-    assert job.units == list(range(60))
+    assert job.units == list(range(150))
     assert "a worker was lost at unit" in err
 
 

@@ -2,8 +2,10 @@
 
 Every limit is applied before the thing that it limits is held: the number of pictures before a
 body is read, the length of a body by its header and again while it arrives, the number of pixels
-by the picture's own header. Memory is bounded by `max_queue` bodies of `max_body_bytes` and
-`decode_threads` pictures of `max_pixels`.
+by the picture's own header. Memory is bounded by `max_held_bytes` of bodies, `max_decoding_pixels`
+of pictures and `max_queue` resized views, whatever clients do.
+
+The defaults are meant for the open internet; `GET /v1/models` shows those in force.
 """
 
 from typing import Self
@@ -18,12 +20,40 @@ _PILLOW_LIMIT = 178_956_970  # Pillow refuses more by itself, whatever it is tol
 class Limits(BaseModel, frozen=True, extra="forbid"):
     """Limits of one service; 0 where a field says so is chosen for the machine."""
 
-    max_body_bytes: int = Field(20_000_000, gt=0, description="of one request, bytes")
+    max_body_bytes: int = Field(
+        20_000_000, gt=0, description="of one request with one picture, bytes"
+    )
+    max_batch_body_bytes: int = Field(
+        64_000_000, gt=0, description="of one request with several pictures, bytes"
+    )
+    max_held_bytes: int = Field(
+        512_000_000, gt=0, description="of all bodies that are here and not yet decoded, bytes"
+    )
     max_pixels: int = Field(
         50_000_000, gt=0, le=_PILLOW_LIMIT, description="width x height of one picture"
     )
+    max_batch_pixels: int = Field(
+        256_000_000, gt=0, description="width x height of all pictures of one request together"
+    )
+    max_decoding_pixels: int = Field(
+        128_000_000,
+        gt=0,
+        description="width x height of all pictures that are decoded at one moment; a larger one "
+        "is decoded alone",
+    )
+    max_items: int = Field(
+        64, gt=0, description="pictures of one request; no more than max_queue has places for"
+    )
     max_queue: int = Field(
-        0, ge=0, description="pictures admitted and not yet answered; 0: four batches"
+        0,
+        ge=0,
+        description="pictures admitted and not yet answered; 0: four batches, at least max_items",
+    )
+    max_queue_wait_s: float = Field(
+        1.0,
+        gt=0,
+        description="pictures are refused while those admitted before are expected to take "
+        "longer, seconds",
     )
     max_batch: int = Field(
         0, ge=0, description="pictures in one run of the tokenizer; 0: 32, on a CPU 8"
@@ -44,6 +74,29 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
     body_timeout_s: float = Field(
         15.0, gt=0, description="for the whole body to arrive, seconds; then 408"
     )
+    header_timeout_s: float = Field(
+        10.0, gt=0, description="for the whole head of a request to arrive, seconds; then closed"
+    )
+    send_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="how long a client may take nothing of its answer, seconds; then closed",
+    )
+    keep_alive_s: float = Field(
+        75.0,
+        gt=0,
+        description="how long a connection may be idle, seconds; more than the 60 s of the usual "
+        "proxies",
+    )
+    max_header_bytes: int = Field(
+        65_536, ge=1024, description="of the head of one request, bytes; then 431"
+    )
+    max_connections: int = Field(
+        1024, gt=0, description="open at one moment; further ones get a 503 and are closed"
+    )
+    kept_bytes: int = Field(
+        64_000_000, ge=0, description="of answers kept for pictures that come again, bytes; 0: none"
+    )
     drain_s: float = Field(
         1.0,
         ge=0,
@@ -52,12 +105,21 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
     )
 
     def resolved(self, *, on_cpu: bool, num_cores: int) -> Self:
-        """Return the same limits with every 0 replaced by its value on this machine."""
+        """Return the same limits with every 0 replaced by its value on this machine.
+
+        What could never be admitted is mended too: `max_items` is at most `max_queue`, and
+        `max_held_bytes` has room for the largest body.
+        """
         max_batch = self.max_batch or (8 if on_cpu else 32)
+        max_queue = self.max_queue or max(_BATCHES_IN_QUEUE * max_batch, self.max_items)
         return self.model_copy(
             update={
                 "max_batch": max_batch,
-                "max_queue": self.max_queue or _BATCHES_IN_QUEUE * max_batch,
+                "max_queue": max_queue,
+                "max_items": min(self.max_items, max_queue),
+                "max_held_bytes": max(
+                    self.max_held_bytes, self.max_body_bytes, self.max_batch_body_bytes
+                ),
                 "decode_threads": self.decode_threads or min(num_cores, _MAX_DECODE_THREADS),
             }
         )

@@ -18,6 +18,8 @@ MEDIA_TYPE: Final = "application/problem+json"
 _KINDS: Final = {
     "bad-request": (400, "The request is malformed"),
     "empty-body": (400, "The body is empty"),
+    "unauthorized": (401, "A key is needed"),
+    "forbidden": (403, "This key may not do that"),
     "not-found": (404, "There is nothing here"),
     "method-not-allowed": (405, "This path has other methods"),
     "body-timeout": (408, "The body did not arrive in time"),

@@ -1,0 +1,98 @@
+"""How a service logs: a line a person can read on a terminal, JSON in a pipe.
+
+Configured by the command, never at import; everything below uses `logging`. The access log has
+one line for each request except probes and metrics, made from the request's record alone, which
+holds nothing that a client wrote: no body, no key, no header, no path.
+"""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, Final, Literal, TextIO
+
+from tokenizers_svc.observation import RequestRecord
+
+LogFormat = Literal["auto", "text", "json"]
+
+_access: Final = logging.getLogger("patchcache.access")
+_QUIET_ROUTES: Final = {"/healthz", "/readyz", "/metrics"}
+_CHATTY: Final = ("ray", "httpx", "httpcore", "PIL", "asyncio", "uvicorn", "opentelemetry")
+
+
+def configure(
+    log_format: LogFormat = "auto", *, level: int = logging.INFO, stream: TextIO | None = None
+) -> None:
+    """Send every log line of this process to a stream.
+
+    Args:
+        log_format: `auto` is text on a terminal and JSON elsewhere.
+        level: Lowest level of our own loggers.
+        stream: None is standard error.
+    """
+    stream = sys.stderr if stream is None else stream
+    is_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter() if is_json else logging.Formatter("%(message)s"))
+    root = logging.getLogger()
+    for known in root.handlers[:]:
+        root.removeHandler(known)
+    root.addHandler(handler)
+    root.setLevel(level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, the fields of the record, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        time = datetime.fromtimestamp(record.created, UTC)
+        line: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_request(record: RequestRecord) -> None:
+    """Write the line of one request: an observer of `Observation`."""
+    if record.route in _QUIET_ROUTES or not _access.isEnabledFor(logging.INFO):
+        return
+    stages_ms = {
+        name: round(1000 * seconds, 2) for name, seconds in record.longest_stages().items()
+    }
+    fields: dict[str, Any] = {
+        "request_id": record.request_id,
+        "method": record.method,
+        "route": record.route,
+        "status": record.status,
+        "duration_ms": round(1000 * record.seconds, 2),
+        "received_bytes": record.received_bytes,
+        "sent_bytes": record.sent_bytes,
+    }
+    if record.model is not None:
+        fields["model"] = record.model
+    if record.num_images:
+        fields["num_images"] = record.num_images
+    if stages_ms:
+        fields["stages_ms"] = stages_ms
+    if record.problems:
+        fields["problems"] = record.problems
+    _access.info(
+        "%s %s %d in %.1f ms%s%s %s",
+        record.method,
+        record.route,
+        record.status,
+        1000 * record.seconds,
+        "".join(f" {name}={ms:g}" for name, ms in stages_ms.items()),
+        f" {','.join(record.problems)}" if record.problems else "",
+        record.request_id,
+        extra={"fields": fields},
+    )

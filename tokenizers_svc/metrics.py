@@ -1,0 +1,288 @@
+"""What a service tells Prometheus, under names that begin with `patchcache_`.
+
+Every application has a registry of its own, so two in one process do not mix. What happens is
+counted when it happens; what is, such as the length of a queue, is read when Prometheus asks, so
+it costs nothing in between. Labels come from closed sets: templates of routes, names of models,
+codes of problems; a client cannot add to them.
+
+`docs/service-operations.md` lists every name.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from tokenizers_svc.observation import CLIENT_CLOSED_REQUEST, RequestRecord
+
+_LATENCIES_S: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+_LAGS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+_BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_LAG_PERIOD_S: Final = 0.25
+_REFUSALS_AT_THE_DOOR: Final = {"overloaded", "not-ready", "draining"}
+USAGE_WINDOW: Final = 1000  # pictures
+
+
+class LaneState(NamedTuple):
+    """How one model's worker is now."""
+
+    model: str
+    fingerprint: str
+    extractor: str
+    vocab_size: int
+    device: str
+    is_alive: bool
+    is_ready: bool
+    queue_depth: int
+    running_s: float  # since the batch on the device began, 0 between batches
+
+
+class ServiceState(NamedTuple):
+    """How a service is now."""
+
+    is_ready: bool
+    num_admitted: int
+    kept_bytes: int
+    kept_entries: int
+    lanes: tuple[LaneState, ...]
+
+
+class Metrics:
+    """The instruments of one application, and what they have counted."""
+
+    def __init__(self, state: Callable[[], ServiceState]) -> None:
+        """Make a registry.
+
+        Args:
+            state: Called whenever the metrics are read, possibly in another thread.
+        """
+        self.registry = CollectorRegistry()
+        self._usage: dict[str, CodebookUsage] = {}
+        self._last_batch: dict[str, float] = {}
+        self.registry.register(_StateCollector(state, self._usage, self._last_batch))
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        make = _Maker(self.registry)
+        self._requests = make.counter(
+            "http_requests", "HTTP requests answered", "method", "route", "status"
+        )
+        self._duration = make.histogram(
+            "http_request_duration_seconds", "first byte in to last byte out",
+            _LATENCIES_S, "method", "route",
+        )  # fmt: skip
+        self._received = make.counter("http_received_bytes", "bytes of bodies received")
+        self._sent = make.counter("http_sent_bytes", "bytes of bodies sent")
+        self._stages = make.histogram(
+            "stage_seconds",
+            "time of one picture in one stage: read, decode, queue, infer",
+            _LATENCIES_S, "model", "stage",
+        )  # fmt: skip
+        self._images = make.counter("images", "pictures answered", "model")
+        self._rejected = make.counter(
+            "admission_rejected", "requests refused at the door", "reason"
+        )
+        self._failures = make.counter(
+            "failures", "requests, and pictures of batches, refused or failed", "reason"
+        )
+        self._cancelled = make.counter("cancelled", "requests whose client left", "model")
+        self._batches = make.histogram(
+            "batch_size", "pictures in one run of the model", _BATCH_SIZES, "model"
+        )
+        self._batch_seconds = make.histogram(
+            "batch_seconds", "one run of the model", _LATENCIES_S, "model"
+        )
+        self._hits = make.counter("cache_hits", "answers that were kept", "model")
+        self._misses = make.counter("cache_misses", "answers that were not kept", "model")
+        self._load_seconds = make.gauge(
+            "model_load_seconds", "loading and warm-up of the model that serves", "model"
+        )
+        self._reloads = make.counter("reloads", "reloads of a codebook", "model", "outcome")
+        self._lag = make.histogram("event_loop_lag_seconds", "how late the event loop was", _LAGS_S)
+
+    def note_request(self, record: RequestRecord) -> None:
+        """Count a request that has ended: an observer of `Observation`."""
+        self._requests.labels(record.method, record.route, str(record.status)).inc()
+        self._duration.labels(record.method, record.route).observe(record.seconds)
+        self._received.inc(record.received_bytes)
+        self._sent.inc(record.sent_bytes)
+        model = record.model or ""
+        for stage in record.stages:
+            self._stages.labels(model, stage.name).observe(stage.seconds)
+        if record.num_images:
+            self._images.labels(model).inc(record.num_images)
+        for code in record.problems:
+            counter = self._rejected if code in _REFUSALS_AT_THE_DOOR else self._failures
+            counter.labels(code).inc()
+        if record.status == CLIENT_CLOSED_REQUEST:
+            self._cancelled.labels(model).inc()
+
+    def note_batch(
+        self, model: str, num_pictures: int, seconds: float, token_ids: NDArray[np.integer]
+    ) -> None:
+        """Count a run of the model.
+
+        Args:
+            model: Its name.
+            num_pictures: In the batch, B.
+            seconds: How long it took.
+            token_ids: (B, rows, cols[, M]).
+        """
+        self._batches.labels(model).observe(num_pictures)
+        self._batch_seconds.labels(model).observe(seconds)
+        self._last_batch[model] = time.time()
+        usage = self._usage.get(model)
+        if usage is not None:
+            usage.add(token_ids)
+
+    def note_kept(self, model: str, *, hit: bool) -> None:
+        """Count a look for a kept answer."""
+        (self._hits if hit else self._misses).labels(model).inc()
+
+    def note_load(self, model: str, seconds: float, *, vocab_size: int, num_stages: int) -> None:
+        """Note that a model serves from now on; its use of the codebook is counted afresh."""
+        self._load_seconds.labels(model).set(seconds)
+        self._usage[model] = CodebookUsage(vocab_size, num_stages)
+
+    def note_reload(self, model: str, *, succeeded: bool) -> None:
+        """Count an attempt to reload a codebook."""
+        self._reloads.labels(model, "done" if succeeded else "failed").inc()
+
+    async def watch_loop(self) -> None:
+        """Measure for ever how late the event loop wakes; run it as a task."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _LAG_PERIOD_S
+            await asyncio.sleep(_LAG_PERIOD_S)
+            self._lag.observe(max(0.0, loop.time() - due))
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Return all metrics and their media type, as text or, if asked for, OpenMetrics."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
+
+
+class CodebookUsage:
+    """Which share of a codebook the last pictures used.
+
+    A share that falls tells of pictures unlike those of the fit, or of a camera that has died.
+    """
+
+    def __init__(self, vocab_size: int, num_stages: int) -> None:
+        """Begin with nothing seen."""
+        self._last_use = np.full((num_stages, vocab_size), -USAGE_WINDOW - 1, np.int64)
+        self._num_pictures = 0
+
+    def add(self, token_ids: NDArray[np.integer]) -> None:
+        """Note the ids (B, rows, cols[, M]) of a batch; it ages as one."""
+        self._num_pictures += len(token_ids)
+        num_stages = len(self._last_use)
+        by_stage = token_ids.reshape(-1, num_stages)
+        for stage in range(num_stages):
+            self._last_use[stage, by_stage[:, stage]] = self._num_pictures
+
+    def ratio(self) -> float:
+        """Return the share of ids among the last `USAGE_WINDOW` pictures, over all stages."""
+        return float((self._last_use > self._num_pictures - USAGE_WINDOW).mean())
+
+
+class _Maker:
+    """Instruments of one registry with our prefix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"patchcache_{name}", text, labels, registry=self._registry)
+
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"patchcache_{name}", text, labels, registry=self._registry)
+
+    def histogram(self, name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
+        return Histogram(
+            f"patchcache_{name}", text, labels, buckets=tuple(buckets), registry=self._registry
+        )
+
+
+class _StateCollector(Collector):
+    """What is, read when it is asked for."""
+
+    def __init__(
+        self,
+        state: Callable[[], ServiceState],
+        usage: dict[str, CodebookUsage],
+        last_batch: dict[str, float],
+    ) -> None:
+        self._state = state
+        self._usage = usage
+        self._last_batch = last_batch
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        lanes = state.lanes
+        yield _gauge("ready", "1 while clients should be sent here", [((), state.is_ready)])
+        yield _gauge(
+            "inflight_images", "pictures admitted and not yet answered", [((), state.num_admitted)]
+        )
+        yield _gauge("cache_bytes", "bytes of kept answers", [((), state.kept_bytes)])
+        yield _gauge("cache_entries", "kept answers", [((), state.kept_entries)])
+        yield _gauge(
+            "queue_depth", "pictures that no batch has taken", _by_model(lanes, "queue_depth")
+        )
+        yield _gauge(
+            "lane_alive", "1 while the worker of the model runs", _by_model(lanes, "is_alive")
+        )
+        yield _gauge(
+            "lane_busy_seconds", "age of the batch on the device", _by_model(lanes, "running_s")
+        )
+        yield _gauge(
+            "lane_last_batch_timestamp_seconds",
+            "when the last batch ended, Unix time",
+            [((model,), when) for model, when in list(self._last_batch.items())],
+            "model",
+        )
+        yield _gauge(
+            "codebook_used_ratio",
+            f"share of the codebook in the last {USAGE_WINDOW} pictures",
+            [((model,), usage.ratio()) for model, usage in list(self._usage.items())],
+            "model",
+        )
+        yield _gauge(
+            "model_info",
+            "1; the labels say what serves",
+            [
+                ((x.model, x.fingerprint, x.extractor, str(x.vocab_size), x.device), 1.0)
+                for x in lanes
+            ],
+            "model", "fingerprint", "extractor", "vocab_size", "device",
+        )  # fmt: skip
+
+
+Values = list[tuple[tuple[str, ...], float]]
+
+
+def _by_model(lanes: Iterable[LaneState], name: str) -> Values:
+    return [((lane.model,), float(getattr(lane, name))) for lane in lanes]
+
+
+def _gauge(name: str, text: str, values: Values, *labels: str) -> GaugeMetricFamily:
+    labels = labels or (("model",) if values and values[0][0] else ())
+    family = GaugeMetricFamily(f"patchcache_{name}", text, labels=labels)
+    for labelled, value in values:
+        family.add_metric(labelled, float(value))
+    return family

@@ -1,0 +1,126 @@
+"""What is noted about one request, and who hears of it when it has ended.
+
+One middleware around everything opens a record; the code that serves the request adds what it
+knows; metrics, the access log and tracing are observers that read the record once, at the end. So
+a request pays for one layer, whatever is switched on, and no handler knows who listens.
+
+A record holds sizes, names and times, and nothing that a client wrote: no body, no header, no
+query, not even the path, only the template of the route that took it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST: Final = 499
+UNMATCHED: Final = "unmatched"
+StageName = Literal["read", "decode", "queue", "infer"]
+
+
+class Stage(NamedTuple):
+    """A part of the work for one picture."""
+
+    name: StageName
+    ended: float  # time.perf_counter()
+    seconds: float
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request; times are those of `time.perf_counter`."""
+
+    method: str
+    traceparent: str | None = None
+    tracestate: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+    ended: float = 0.0
+    request_id: str = ""
+    route: str = UNMATCHED
+    status: int = CLIENT_CLOSED_REQUEST
+    model: str | None = None
+    num_images: int = 0  # answered with token ids or a picture
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # codes: of the request, or of its items
+
+    @property
+    def seconds(self) -> float:
+        """From the first byte to the last."""
+        return self.ended - self.started
+
+    def add_stage(self, name: StageName, seconds: float, *, ended: float | None = None) -> None:
+        """Note a stage of one picture; `ended` None is now."""
+        self.stages.append(Stage(name, time.perf_counter() if ended is None else ended, seconds))
+
+    def longest_stages(self) -> dict[StageName, float]:
+        """Return the longest time of each stage, seconds: where a request of many waited."""
+        longest: dict[StageName, float] = {}
+        for stage in self.stages:
+            longest[stage.name] = max(stage.seconds, longest.get(stage.name, 0.0))
+        return longest
+
+
+Observer = Callable[[RequestRecord], None]
+
+
+class Observation:
+    """Pure ASGI middleware: a record for every HTTP request, as `request.state.record`."""
+
+    def __init__(self, app: ASGIApp, *, observers: Sequence[Observer]) -> None:
+        """Wrap `app`; `observers` are called in the event loop and must not wait.
+
+        The sequence is looked at after every request, so that one may join later.
+        """
+        self._app = app
+        self._observers = observers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        record = RequestRecord(
+            scope["method"] if scope["method"] in _METHODS else "other",
+            headers.get("traceparent"),
+            headers.get("tracestate"),
+        )
+        scope.setdefault("state", {})["record"] = record
+
+        async def counted_receive() -> Message:
+            message = await receive()
+            record.received_bytes += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+            else:
+                record.sent_bytes += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, counted_receive, counted_send)
+        finally:
+            record.ended = time.perf_counter()
+            record.request_id = scope["state"].get("request_id", "")
+            record.route = getattr(scope.get("route"), "path", UNMATCHED)
+            self._tell(record)
+
+    def _tell(self, record: RequestRecord) -> None:
+        for observer in self._observers:
+            try:
+                observer(record)
+            except Exception:
+                logger.exception("an observer of requests failed")
+
+
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

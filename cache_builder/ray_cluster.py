@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,10 +207,20 @@ def node_name() -> str:
 
 
 @contextlib.contextmanager
-def connect(options: ClusterOptions) -> Iterator[Cluster]:
+def connect(
+    options: ClusterOptions,
+    *,
+    env_vars: Mapping[str, str] | None = None,
+    packages: Sequence[Path] = (),
+) -> Iterator[Cluster]:
     """Join a cluster, or start one and stop it afterwards.
 
     SIGTERM ends the block as SystemExit does, so that nothing of ours is left running.
+
+    Args:
+        options: Which cluster.
+        env_vars: Set in the environment of every process of this job.
+        packages: Sent to the cluster beside this one.
 
     Raises:
         ConfigError: The address or the resources make no sense, or no cluster answers.
@@ -224,12 +234,15 @@ def connect(options: ClusterOptions) -> Iterator[Cluster]:
         return
     # Warnings of workers come with their results; Ray would prefix, delay and drop some of them.
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    environment: dict[str, Any] = {"env_vars": dict(env_vars)} if env_vars else {}
     if address is None:
         # `local` starts a new cluster even where RAY_ADDRESS names another one.
         settings |= {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
     else:
-        package = Path(__file__).parent
-        settings |= {"address": address, "runtime_env": {"py_modules": [str(package)]}}
+        settings["address"] = address
+        environment["py_modules"] = [str(path) for path in (Path(__file__).parent, *packages)]
+    if environment:
+        settings["runtime_env"] = environment
     with _sigterm_exits() as install, contextlib.redirect_stdout(_ToLog()):
         try:
             ray.init(**settings)

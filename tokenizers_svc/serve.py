@@ -12,17 +12,13 @@ When the tokenizer cannot be loaded, or dies, the server stops and the reason is
 that can only refuse had better be restarted.
 """
 
-import contextlib
 import logging
 import math
 import os
-import queue
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,6 +27,7 @@ from cache_builder.errors import ConfigError, PatchCacheError
 from tokenizers_svc.app import create_app
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.service import TokenizeService
+from tokenizers_svc.signals import Signals, caught_signals, next_signal
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +70,16 @@ def run(
 def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve an application of `create_app` until SIGTERM or SIGINT; see `run`."""
     service: TokenizeService = app.state.service
-    listener = _listen(host, port)
+    listener = listen(host, port)
     server = make_server(app)
     thread = threading.Thread(target=server.run, args=([listener],), name="http", daemon=True)
-    with listener, _caught_signals() as signals:
+    with listener, caught_signals(signal.SIGTERM, signal.SIGINT) as signals:
         thread.start()
         _announce(service, host, listener.getsockname()[1])
         was_asked = _wait_for_end(service, thread, signals)
         server.should_exit = True
         while thread.is_alive():
-            if _next_signal(signals, _POLL_S) is not None:
+            if next_signal(signals, _POLL_S) is not None:
                 server.force_exit = True
     _raise_failure(service, was_asked=was_asked)
     if service.is_worker_alive:
@@ -111,18 +108,16 @@ def make_server(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def _wait_for_end(
-    service: TokenizeService, thread: threading.Thread, signals: "queue.SimpleQueue[int]"
-) -> bool:
+def _wait_for_end(service: TokenizeService, thread: threading.Thread, signals: Signals) -> bool:
     """Return when the server should stop accepting, and whether a signal asked for it."""
     while thread.is_alive() and service.failure is None:
-        number = _next_signal(signals, _POLL_S)
+        number = next_signal(signals, _POLL_S)
         if number is None:
             continue
         service.is_draining = True
         logger.info("%s: finishing what has begun", signal.Signals(number).name)
         if number == signal.SIGTERM:
-            _next_signal(signals, service.limits.drain_s)
+            next_signal(signals, service.limits.drain_s)
         return True
     return False
 
@@ -137,7 +132,7 @@ def _raise_failure(service: TokenizeService, *, was_asked: bool) -> None:
         raise RuntimeError("the HTTP server has stopped by itself; the log says why")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
     Raises:
@@ -168,27 +163,3 @@ def _announce(service: TokenizeService, host: str, port: int) -> None:
     logger.info("try: curl --data-binary @photo.jpg %s/v1/tokenize", url)
     if host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("whoever can reach %s may use it: there is no authentication", url)
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator["queue.SimpleQueue[int]"]:
-    """Collect SIGTERM and SIGINT instead of dying of them."""
-    # Of the standard queues, only a SimpleQueue may be put to from a signal handler.
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.put(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _next_signal(signals: "queue.SimpleQueue[int]", timeout_s: float) -> int | None:
-    try:
-        return signals.get(timeout=timeout_s)
-    except queue.Empty:
-        return None

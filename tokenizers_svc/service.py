@@ -20,7 +20,7 @@ import torch
 
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.views import View
-from tokenizers_svc.batcher import Batcher, Tokenizer, WorkerStoppedError
+from tokenizers_svc.batcher import Batcher, Crew, Tokenizer, WorkerStoppedError
 from tokenizers_svc.intake import make_view
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.problems import ProblemError
@@ -67,7 +67,7 @@ class TokenizeService:
             load,
             max_batch=limits.max_batch,
             linger_s=limits.linger_s,
-            num_threads=num_torch_threads,
+            crew=Crew(torch_threads=num_torch_threads),
         )
         self._decoders = ThreadPoolExecutor(
             limits.decode_threads,

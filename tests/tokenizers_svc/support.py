@@ -73,6 +73,7 @@ class WatchedTokenizer:
     def __init__(self):
         self.inner = make_tokenizer()
         self.codebook, self.device = self.inner.codebook, self.inner.device
+        self.quantizer, self.features = self.inner.quantizer, self.inner.features
         self.may_run = threading.Event()
         self.may_run.set()
         self.batch_sizes = []

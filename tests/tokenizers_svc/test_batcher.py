@@ -21,9 +21,7 @@ class Started:
 
     def __init__(self, tokenizer, linger_s=0.0):
         self.tokenizer = tokenizer
-        self.batcher = Batcher(
-            lambda: tokenizer, max_batch=MAX_BATCH, linger_s=linger_s, num_threads=None
-        )
+        self.batcher = Batcher(lambda: tokenizer, max_batch=MAX_BATCH, linger_s=linger_s)
 
     async def __aenter__(self):
         self.batcher.start()
@@ -180,7 +178,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_never_ready_and_says_why():
         def load():
             raise ValueError("no such weights")
 
-        batcher = Batcher(load, max_batch=1, linger_s=0, num_threads=None)
+        batcher = Batcher(load, max_batch=1)
         batcher.start()
         while batcher.failure is None:
             await asyncio.sleep(0.005)
@@ -227,4 +225,4 @@ def test_the_tokenizer_is_loaded_and_run_in_one_thread_of_its_own():
             await batcher.encode(make_views(1)[0])
 
     asyncio.run(scenario())
-    assert threads == {"tokenizer"}
+    assert threads == {"tokenizer-0"}

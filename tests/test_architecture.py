@@ -24,6 +24,7 @@ def modules_after(statement):
         ("import cache_builder.formats", HEAVY),
         ("import cache_builder.sources", HEAVY - {"torch"}),
         ("import cache_builder.transform", HEAVY),
+        ("import tokenizers_svc.client", HEAVY | {"starlette"}),
         ("import tokenizers_svc.app", {"ray", "faiss", "trainer", "webdataset", "zarr"}),
     ],
 )

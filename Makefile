@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA ?=
+# The tests on two processes: one for those that start clusters, one for the others (conftest.py).
+# A test that fails runs once more: clusters of real processes share the machine with the others.
+PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 1
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
 .PHONY: demo test check bench clean
@@ -12,7 +15,7 @@ demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo D
 	$(BIN)/python -m cache_builder.demo --out demo $(if $(DATA),--data "$(DATA)")
 
 test: $(INSTALLED)  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 check: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -15,9 +15,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from cache_builder.errors import (
     ConfigError,
@@ -28,11 +28,14 @@ from cache_builder.errors import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _TERMINATED = 128 + signal.SIGTERM  # exit status
 _POLL_S = 1.0
 _SECONDS_BETWEEN_CHECKS = 2.0  # of whether the head node answers
 _HEAD_PATIENCE_S = 20.0  # Ray ends a process that has lost its head node after 60
 _CONNECT_S = 2.0
+_MAX_STARTS = 3  # of a node of our own
 _LEAST_SHARE = 1e-4  # the smallest part of a resource that Ray counts
 _UNIT_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # bounds of the histogram
 
@@ -245,7 +248,10 @@ def connect(
         settings["runtime_env"] = environment
     with _sigterm_exits() as install, contextlib.redirect_stdout(_ToLog()):
         try:
-            ray.init(**settings)
+            if address is None:
+                start_patiently(lambda: ray.init(**settings), ray.shutdown)
+            else:
+                ray.init(**settings)
         except SystemExit:  # what Ray makes of SIGTERM meanwhile
             sys.exit(_TERMINATED)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as exc:
@@ -260,6 +266,36 @@ def connect(
             yield Cluster(ray, address or "this machine")
         finally:
             ray.shutdown()
+
+
+def start_patiently(start: Callable[[], T], clean_up: Callable[[], object]) -> T:
+    """Start a Ray node of our own, again where it was too slow.
+
+    Ray gives the helpers of a node 15 seconds, which no setting changes. While other programs keep
+    the machine busy, that is not always enough.
+
+    Args:
+        start: Starts the node, and returns something.
+        clean_up: Takes away what a start that failed has left.
+
+    Raises:
+        RuntimeError: It was too slow every time.
+    """
+    num_tries = 0
+    while True:
+        num_tries += 1
+        try:
+            return start()
+        except Exception as exc:
+            if "timed out" not in str(exc).lower():
+                raise
+            clean_up()
+            if num_tries == _MAX_STARTS:
+                raise RuntimeError(
+                    f"Ray has not started in time, {num_tries} times: {_first_line(exc)} Run the "
+                    "same command again when the machine is less busy, or with --workers 0."
+                ) from exc
+            logger.warning("Ray has not started in time on this busy machine; trying again")
 
 
 def _check(options: ClusterOptions) -> None:

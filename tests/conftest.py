@@ -10,18 +10,47 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from _pytest.nodeid import NodeId
 
 from tests import factories
 from tests.servers import GoogleStorage
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PATCHCACHE_TEST_DATA", ROOT.parent / "shared" / "data"))
+CLUSTERS = "clusters"
+FIRST = pytest.StashKey()  # the test that a worker of pytest-xdist began with
 
 
 def pytest_configure():
     # A shell starts what it puts into the background with Ctrl-C ignored, and that is inherited.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Say which tests a worker of pytest-xdist takes together, and let the longest part begin.
+
+    Clusters of real processes run one after the other, in one worker, while the other workers run
+    the rest. Of the rest a file stays together: what its fixtures make is made once.
+    """
+    items.sort(key=lambda item: not starts_a_cluster(item))
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            group = CLUSTERS if starts_a_cluster(item) else item.nodeid.partition("::")[0]
+            # What the marker `xdist_group` would do, which pytest 9.2 and pytest-xdist 3.8 lost.
+            item._id = NodeId.parse(f"{item.nodeid}@{group}")
+
+
+def starts_a_cluster(item):
+    is_marked = item.get_closest_marker("ray") or item.get_closest_marker("cluster")
+    return bool(is_marked or ROOT / "tests/integration" in item.path.parents)
+
+
+def pytest_runtest_protocol(item):
+    """Let clusters, whose processes must start within seconds, go before the other tests."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if is_worker and item.config.stash.setdefault(FIRST, item) is item:
+        os.nice(0 if starts_a_cluster(item) else 10)
 
 
 def pytest_runtest_setup(item):
@@ -47,11 +76,16 @@ def ray_cluster():
     """One Ray of two CPUs for all tests; `map_units` joins a Ray that is already running."""
     import ray
 
+    from cache_builder.ray_cluster import start_patiently
+
     # Ray's workers are nice to other processes by default, and starve on a busy machine.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR,
-        log_to_driver=False,
+    start_patiently(
+        lambda: ray.init(
+            address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR,
+            log_to_driver=False,
+        ),
+        ray.shutdown,
     )  # fmt: skip
     yield ray
     ray.shutdown()

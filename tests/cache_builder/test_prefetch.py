@@ -29,15 +29,15 @@ def test_no_more_than_a_few_are_made_ahead():
 
 
 def test_making_and_using_overlap():
-    def slow():
+    begun = [threading.Event() for _ in range(5)]
+
+    def items():
         for n in range(5):
-            time.sleep(0.1)
+            begun[n].set()
             yield n
 
-    start = time.monotonic()
-    for _ in read_ahead(slow(), 2):
-        time.sleep(0.1)
-    assert time.monotonic() - start < 0.9  # one after the other takes 1.0
+    for n in read_ahead(items(), 2):
+        assert n == 4 or begun[n + 1].wait(60)
 
 
 def test_what_making_raises_is_raised_where_the_items_are_used():
@@ -54,10 +54,13 @@ def test_what_making_raises_is_raised_where_the_items_are_used():
 
 def test_items_are_mapped_a_few_at_once_and_come_in_order():
     at_work, most = [], []
+    three = threading.Barrier(3)
 
     def slow(n):
         at_work.append(n)
         most.append(len(at_work))
+        if n < 3:
+            three.wait(60)
         time.sleep(0.02 if n % 2 else 0.001)
         at_work.remove(n)
         return n * n

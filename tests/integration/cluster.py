@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_builder.stores import open_store
+from tests.clusters import add_node, new_cluster
 from tests.integration import builds
 
 KINDS = ("driver", "worker", "raylet", "interrupt")
@@ -21,20 +22,15 @@ class Raylets:
     """Raylets of one CPU each, as on several machines."""
 
     def __init__(self, count: int = 3) -> None:
-        from ray.cluster_utils import Cluster
-
         # A lost raylet is noticed within two seconds, not within fifteen.
         notice = {
             "health_check_initial_delay_ms": 0,
             "health_check_period_ms": 500,
             "health_check_failure_threshold": 3,
         }
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": notice},
-        )
+        self._cluster = new_cluster(num_cpus=1, include_dashboard=False, _system_config=notice)
         for _ in range(count - 1):
-            self._cluster.add_node(num_cpus=1)
+            add_node(self._cluster, num_cpus=1)
         self.address = self._cluster.address
 
     def stop(self) -> None:
@@ -44,7 +40,7 @@ class Raylets:
         """Lose a raylet, but not the head's, and get another one."""
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.node_id)
         self._cluster.remove_node(rng.choice(nodes), allow_graceful=False)
-        self._cluster.add_node(wait=False, num_cpus=1)
+        add_node(self._cluster, wait=False, num_cpus=1)
 
     def workers(self) -> list[int]:
         """Return the processes of actors; others that are starting where there is none."""

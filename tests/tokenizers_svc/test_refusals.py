@@ -1,7 +1,6 @@
-"""What is refused, how soon, and what the client is told."""
+"""What is refused, and what the client is told."""
 
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -189,9 +188,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(client):
     bomb = blank_png(8000, 7000)
     assert len(bomb) < 200_000
     answers = []
-    started = time.perf_counter()
     peak = peak_memory_since_reset(lambda: answers.append(post(client, bomb)))
-    assert time.perf_counter() - started < 1
     assert peak < 30_000_000  # 168 MB decoded
     problem = check_problem(answers[0], 413, "image-too-large")
     assert problem["limit"] == 50_000_000

@@ -16,6 +16,8 @@ from trainer import train
 from trainer.data import BatchOrder
 from trainer.distributed import split_batch
 
+pytestmark = pytest.mark.cluster
+
 
 def torchrun(cache, out, scenario, *options):
     """Start two processes on one machine, and return how they ended."""

@@ -43,9 +43,10 @@ from cache_builder.formats.payloads import FeatureType
 from cache_builder.formats.views import ViewSpec
 from cache_builder.planning import LayerSpec, settle_plan
 from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.soft_targets import soft_spec
 from cache_builder.sources import Listing, open_source
 from cache_builder.stores import Store, absolute_location, open_store
-from cache_builder.targets import feature_spec, soft_spec
+from cache_builder.targets import feature_spec
 
 _UNITS_AT_A_GPU = 2  # see `units`
 

@@ -19,7 +19,7 @@ import io
 import re
 import struct
 import zlib
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +91,33 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             "not an image of a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
         ) from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as exc:
+        raise ImageError(f"too large to decode: {exc}") from exc
+    except _DECODER_ERRORS as exc:
+        raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
+
+
+class ImageHeader(NamedTuple):
+    """What a file says of its picture before it is decoded; the size is the stored one."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """Return format and size of the picture in `data` without decoding a pixel.
+
+    Raises:
+        ImageError: Not an image of a known format, or its header is damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return ImageHeader(str(image.format), image.width, image.height)
+    except UnidentifiedImageError as exc:
+        raise ImageError(
+            "not an image of a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
+        ) from exc
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ImageError(f"too large to decode: {exc}") from exc
     except _DECODER_ERRORS as exc:
         raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc

@@ -28,10 +28,8 @@ from cache_builder.formats.payloads import (
     pack_features,
     restore_features,
 )
+from cache_builder.soft_targets import soften
 from cache_builder.tokenizers import PatchTokenizer
-
-# Measured on the 250 photographs of the tests: see "Optional payloads" in docs/formats.md.
-DEFAULT_TEMPERATURE = 0.05
 
 _VIEWS_PER_BATCH = 64
 # The softmax over all K is measured of one patch in this many: a prime, so that no grid falls into
@@ -135,17 +133,16 @@ class TargetMaker:
         self, flat: Tensor, soft: SoftSpec, shape: tuple[int, ...]
     ) -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.float16]]:
         index = self._tokenizer.quantizer.stages[0]
-        ids, distances = index.top_k(flat, soft.top_k)
-        probabilities = soft_probabilities(distances, soft)
+        found = soften(index, flat, soft)
+        probabilities = found.probabilities
         entropy = -torch.xlogy(probabilities, probabilities).sum(1)
         self._perplexity += float(entropy.exp().sum())
         chosen = slice(None, None, _MASS_STEP)
-        masses = _masses(flat[chosen], index.centroids, distances[chosen], soft.bandwidth)
+        masses = _masses(flat[chosen], index.centroids, found.distances[chosen], soft.bandwidth)
         self._mass += float(masses.sum())
         self._num_masses += len(masses)
-        soft_ids = ids.cpu().numpy().astype(np.uint16).reshape(*shape, soft.top_k)
-        # From float64 at once: by way of float32 a value could be rounded twice.
-        soft_probs = probabilities.cpu().numpy().astype(np.float16).reshape(*shape, soft.top_k)
+        soft_ids = found.ids.reshape(*shape, soft.top_k)
+        soft_probs = found.stored.reshape(*shape, soft.top_k)
         return np.ascontiguousarray(soft_ids[..., 0]), soft_ids, soft_probs
 
     def _store(
@@ -158,18 +155,6 @@ class TargetMaker:
             self._error += float(errors.sum())
         values = values.reshape(*shape, values.shape[-1])
         return values, None if scales is None else scales.reshape(shape)
-
-
-def soft_probabilities(
-    distances: Tensor,  # (n, k), squared
-    soft: SoftSpec,
-) -> Tensor:
-    """Return softmax(-d^2 / (T s)) over the k, float64 (n, k), as mc-BEiT has its soft targets.
-
-    mc-BEiT (arXiv:2203.15371) softens the logits of a learned tokenizer. A k-means tokenizer has
-    distances instead, which are the logits of a mixture of Gaussians of variance T s / 2.
-    """
-    return torch.softmax(distances.double() / -soft.bandwidth, dim=1)
 
 
 def fidelity(
@@ -185,43 +170,6 @@ def fidelity(
     cosines = (exact + kept - error) / 2 / np.sqrt(np.where(lost, 1, exact * kept))
     errors = np.sqrt(error / np.where(exact == 0, 1, exact))
     return np.where(lost, exact == kept, cosines), errors
-
-
-def soft_spec(codebook: Codebook, top_k: int | None, temperature: float | None) -> SoftSpec | None:
-    """Return how soft targets are made with this codebook, None if they are not asked for.
-
-    Raises:
-        ConfigError: The codebook has several stages, too few centroids, or no spread.
-    """
-    if top_k is None:
-        if temperature is not None:
-            raise ConfigError(
-                "--soft-temperature has no meaning without --soft-top-k. Add `--soft-top-k 8`, or "
-                "leave it out."
-            )
-        return None
-    if codebook.num_stages > 1:
-        raise ConfigError(
-            f"--soft-top-k needs a codebook of one stage, and this one has {codebook.num_stages}: "
-            "what a stage quantises depends on the id of the stage before. Leave it out."
-        )
-    if not 2 <= top_k <= codebook.vocab_size:
-        raise ConfigError(
-            f"--soft-top-k must be 2 to {codebook.vocab_size:,}, the centroids of this codebook, "
-            f"not {top_k}."
-        )
-    temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
-    if not 0 < temperature < float("inf"):
-        raise ConfigError(f"--soft-temperature must be positive, not {temperature}.")
-    objective = codebook.header.objective
-    if not objective or not 0 < objective[-1] < float("inf"):
-        found = f"one of {objective[-1]}" if objective else "none"
-        raise ConfigError(
-            "--soft-top-k measures distances in units of the mean squared distance of the "
-            f"codebook's fit, and the codebook records {found}. Fit it again with `patchcache fit` "
-            "to patches that are not all equal to a centroid."
-        )
-    return SoftSpec(top_k=top_k, temperature=temperature, scale=objective[-1])
 
 
 def feature_spec(codebook: Codebook, dtype: FeatureType | None) -> FeatureSpec | None:

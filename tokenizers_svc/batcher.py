@@ -149,6 +149,15 @@ class Batcher:
         decoding_s = len(self._pending.undecoded) * self._books.decode_s / num_decoders
         return max(seconds, decoding_s) if self._crew.num_decoders else seconds + decoding_s
 
+    @property
+    def seconds_per_picture(self) -> float:
+        """What one more picture adds, decoding included, judging by the last ones."""
+        num_decoders = self._crew.num_decoders or self._crew.num_lanes
+        decode_s = self._books.decode_s / num_decoders
+        max_batch = self._pending.max_batch
+        encode_s = self._books.pace.predict(max_batch, max_batch) / max_batch / self._crew.num_turns
+        return max(encode_s, decode_s) if self._crew.num_decoders else encode_s + decode_s
+
     def stats(self) -> BatcherStats:
         """Return what the batcher is doing."""
         now, books = time.perf_counter(), self._books

@@ -14,13 +14,12 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.payloads import SoftSpec
-from cache_builder.targets import soft_probabilities
+from cache_builder.soft_targets import soften
 from cache_builder.tokenizers.quantizer import ResidualQuantizer
 
 logger = logging.getLogger(__name__)
@@ -152,13 +151,12 @@ def _harden(tokenizer: Tokenizer, views: Tensor) -> list[Found]:
 def _soften(tokenizer: Tokenizer, views: Tensor, soft: SoftSpec) -> list[Found]:
     features = tokenizer.features(views)
     flat = features.reshape(-1, features.shape[-1])
-    nearest, distances = tokenizer.quantizer.stages[0].top_k(flat, soft.top_k)
-    # From float64 at once, as a cache stores them: by way of float32 some are rounded twice.
-    shares = soft_probabilities(distances, soft).cpu().numpy().astype(np.float16)
-    ids = nearest.cpu().reshape(len(views), -1, soft.top_k)
+    softened = soften(tokenizer.quantizer.stages[0], flat, soft)
+    ids = softened.ids.reshape(len(views), -1, soft.top_k)
+    shares = softened.stored.reshape(len(views), -1)
     return [
         Found(of_view[:, 0].tolist(), SoftIds(of_view.flatten().tolist(), probabilities.tolist()))
-        for of_view, probabilities in zip(ids, shares.reshape(len(views), -1), strict=True)
+        for of_view, probabilities in zip(ids, shares, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""From an HTTP request to a resized view: everything that can be wrong with what a client sends.
+"""From the bytes of a request to a resized view: what can be wrong with either.
 
 Headers and query are checked first, then the body is read, then the picture is decoded; each step
 refuses what the next one would pay for. Decoding, cropping and resizing are those of
@@ -6,60 +6,50 @@ refuses what the next one would pay for. Decoding, cropping and resizing are tho
 """
 
 import asyncio
+import contextlib
 import io
 import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
-from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from torch import Tensor
 
 from cache_builder.errors import ImageError
 from cache_builder.formats.codebook import PixelRule
 from cache_builder.formats.views import View, centre_square
-from cache_builder.imaging import apply_view, decode
+from cache_builder.imaging import apply_view, decode, read_header
+from tokenizers_svc.admission import Place
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.problems import ProblemError
+from tokenizers_svc.tokens import ImageFacts
 
 _VIEW = re.compile(r"([0-9]{1,9}),([0-9]{1,9}),([0-9]{1,9}),([0-9]{1,9})(?:,([01]))?")
 _HOW_TO_SEND = "Send the bytes of one image file as the body: curl --data-binary @photo.jpg URL"
 
 
-def check_headers(request: Request, limits: Limits) -> None:
-    """Refuse a body by what its headers say, before a byte of it is read.
+def check_query(request: Request, *names: str) -> None:
+    """Refuse a query that names what the route does not know, or anything twice.
 
     Raises:
-        ProblemError: 415 for JSON, forms and compressed bodies, 413 for a body that is too long.
+        ProblemError: 400.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type.startswith("multipart/"):
-        raise ProblemError("unsupported-body", f"Multipart forms are not read. {_HOW_TO_SEND}")
-    if media_type == "application/json" or media_type.endswith("+json"):
-        raise ProblemError("unsupported-body", f"JSON is not read. {_HOW_TO_SEND}")
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise ProblemError(
-            "unsupported-body",
-            "Compressed bodies are not read; image files are compressed already. "
-            "Send the file as it is, without Content-Encoding.",
-            headers={"Accept-Encoding": "identity"},
-        )
-    length = int(request.headers.get("content-length", 0))
-    if length > limits.max_body_bytes:
-        raise _body_too_large(limits, length)
+    given = [name for name, _ in request.query_params.multi_items()]
+    if not set(given) <= set(names) or len(set(given)) < len(given):
+        known = ", ".join(f"`{name}`" for name in names) or "none"
+        raise ProblemError("bad-request", f"Query parameters of this path, each once: {known}.")
 
 
-def parse_view(query: QueryParams) -> View | None:
-    """Return the view that the query names, None where it names none.
+def parse_view(text: str | None) -> View | None:
+    """Return the view that a query or a form names, None where it names none.
 
     Raises:
-        ProblemError: 400, the query holds anything but one well-formed `view`.
+        ProblemError: 400, it is malformed.
     """
-    parameters = query.multi_items()
-    if not parameters:
+    if text is None:
         return None
-    if len(parameters) > 1 or "view" not in query:
-        raise ProblemError("bad-request", "The one query parameter of this path is `view`.")
-    match = _VIEW.fullmatch(query["view"])
+    match = _VIEW.fullmatch(text)
     if match is None:
         raise ProblemError(
             "bad-request",
@@ -70,36 +60,103 @@ def parse_view(query: QueryParams) -> View | None:
     return View(top, left, height, width, hflip=match.group(5) == "1")
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """Return the body of a request.
-
-    Raises:
-        ProblemError: 413 as soon as it is too long, 408 when it takes too long, 400 if empty.
-        ClientDisconnect: The client hung up.
-    """
-    chunks: list[bytes] = []
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for chunk in request.stream():
-                num_bytes += len(chunk)
-                if num_bytes > limits.max_body_bytes:
-                    raise _body_too_large(limits, None)
-                chunks.append(chunk)
-    except TimeoutError:
-        raise ProblemError(
-            "body-timeout",
-            f"The body has to arrive within {limits.body_timeout_s:g} s; "
-            f"{num_bytes:,} bytes of it did.",
-            limit=limits.body_timeout_s,
-            headers={"Connection": "close"},
-        ) from None
-    if not num_bytes:
-        raise ProblemError("empty-body", _HOW_TO_SEND)
-    return b"".join(chunks)
+def media_type_of(request: Request) -> str:
+    """Return the media type of a request's body, lower case, without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) -> Tensor:
+class Upload:
+    """The body of one request, while it arrives."""
+
+    def __init__(self, request: Request, limits: Limits, max_bytes: int) -> None:
+        """Refuse a body by what its headers say, before a byte of it is read.
+
+        Raises:
+            ProblemError: 415 for a compressed body, 413 for one that is too long.
+        """
+        self._request, self._limits, self._max_bytes = request, limits, max_bytes
+        self._num_bytes = 0
+        self.place: Place | None = None  # where the bytes of a body without a length are counted
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise ProblemError(
+                "unsupported-body",
+                "Compressed bodies are not read; image files are compressed already. "
+                "Send the file as it is, without Content-Encoding.",
+                headers={"Accept-Encoding": "identity"},
+            )
+        length = request.headers.get("content-length")
+        self.length = None if length is None else int(length)
+        if self.length is not None and self.length > max_bytes:
+            raise self._too_large(self.length)
+
+    async def read(self) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            ProblemError: 413 as soon as it is too long, 408 when it takes too long, 400 if empty.
+            ClientDisconnect: The client hung up.
+        """
+        async with self.in_time():
+            chunks = [chunk async for chunk in self.chunks()]
+        if not self._num_bytes:
+            raise ProblemError("empty-body", _HOW_TO_SEND)
+        return b"".join(chunks)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """Give the body as it arrives.
+
+        Raises:
+            ProblemError: 413 as soon as it is too long, 429 when there is no room for it.
+            ClientDisconnect: The client hung up.
+        """
+        async for chunk in self._request.stream():
+            self._num_bytes += len(chunk)
+            if self._num_bytes > self._max_bytes:
+                raise self._too_large(None)
+            if self.length is None and self.place is not None:
+                self.place.hold_bytes(self._num_bytes)
+            yield chunk
+
+    @contextlib.asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Limit the time that the body may take.
+
+        Raises:
+            ProblemError: 408.
+        """
+        most_s = self._limits.body_timeout_s
+        try:
+            async with asyncio.timeout(most_s) as scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise ProblemError(
+                "body-timeout",
+                f"The body has to arrive within {most_s:g} s; {self._num_bytes:,} bytes of it did.",
+                limit=most_s,
+                headers={"Connection": "close"},
+            ) from None
+
+    def _too_large(self, actual: int | None) -> ProblemError:
+        return ProblemError(
+            "body-too-large",
+            f"A body of this path has at most {self._max_bytes:,} bytes. Send a smaller file, or "
+            "fewer at once.",
+            limit=self._max_bytes,
+            actual=actual,
+        )
+
+
+class Cut(NamedTuple):
+    """A view cut out of a picture."""
+
+    pixels: Tensor  # (3, S, S) uint8
+    view: View
+    image: ImageFacts
+
+
+def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) -> Cut:
     """Decode a picture and cut a view out of it.
 
     Args:
@@ -108,21 +165,20 @@ def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) 
         rule: Size and interpolation of the resized view.
         max_pixels: Largest width x height that is decoded.
 
-    Returns:
-        (3, S, S) uint8.
-
     Raises:
-        ProblemError: 413, 415 or 422.
+        ProblemError: 400, 413, 415 or 422.
     """
+    if not body:
+        raise ProblemError("empty-body", _HOW_TO_SEND)
     try:
+        image_format = read_header(body).format
         pixels = decode(body, max_pixels=max_pixels)
     except ImageError as exc:
         raise _image_problem(exc, body, max_pixels) from exc
     height, width = pixels.shape[-2:]
+    view = view or centre_square((height, width))
     try:
-        return apply_view(
-            pixels, view or centre_square((height, width)), rule.size, rule.interpolation
-        )
+        resized = apply_view(pixels, view, rule.size, rule.interpolation)
     except ImageError as exc:
         raise ProblemError(
             "view-outside",
@@ -130,15 +186,31 @@ def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) 
             "height and width of at least 1, "
             f"top + height <= {height} and left + width <= {width}.",
         ) from exc
+    return Cut(resized, view, ImageFacts(width, height, image_format))
 
 
-def _body_too_large(limits: Limits, actual: int | None) -> ProblemError:
-    return ProblemError(
-        "body-too-large",
-        f"A body has at most {limits.max_body_bytes:,} bytes. Send a smaller file.",
-        limit=limits.max_body_bytes,
-        actual=actual,
-    )
+def check_total_pixels(bodies: Iterable[bytes], limits: Limits) -> None:
+    """Refuse pictures that are too large together, by their headers.
+
+    Those that are refused by themselves, for whatever reason, do not count.
+
+    Raises:
+        ProblemError: 413.
+    """
+    total = 0
+    for body in bodies:
+        with contextlib.suppress(ImageError):
+            header = read_header(body)
+            num_pixels = header.width * header.height
+            total += num_pixels if num_pixels <= limits.max_pixels else 0
+    if total > limits.max_batch_pixels:
+        raise ProblemError(
+            "image-too-large",
+            f"The pictures of one request have at most {limits.max_batch_pixels:,} pixels "
+            "together. Send fewer at once.",
+            limit=limits.max_batch_pixels,
+            actual=total,
+        )
 
 
 def _image_problem(error: ImageError, body: bytes, max_pixels: int) -> ProblemError:

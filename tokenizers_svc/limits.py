@@ -44,6 +44,7 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
     max_items: int = Field(
         64, gt=0, description="pictures of one request; no more than max_queue has places for"
     )
+    max_soft_top_k: int = Field(64, ge=2, description="centroids per patch of soft targets")
     max_queue: int = Field(
         0,
         ge=0,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenizers_svc.problems import ProblemError, problem_response
+from tokenizers_svc.problems import internal_problem, problem_response
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,10 @@ _HARMLESS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class CommonHeaders:
     """Pure ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, *, fingerprint: str, is_draining: Callable[[], bool]) -> None:
-        """Wrap `app`."""
+    def __init__(
+        self, app: ASGIApp, *, fingerprint: Callable[[], str], is_draining: Callable[[], bool]
+    ) -> None:
+        """Wrap `app`; `fingerprint` is that of requests whose route names no other."""
         self._app = app
         self._fingerprint = fingerprint
         self._is_draining = is_draining
@@ -36,7 +38,8 @@ class CommonHeaders:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         has_started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -45,7 +48,7 @@ class CommonHeaders:
                 has_started = True
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                headers["X-Tokenizer-Fingerprint"] = self._fingerprint
+                headers["X-Tokenizer-Fingerprint"] = state.get("fingerprint") or self._fingerprint()
                 headers["X-Content-Type-Options"] = "nosniff"
                 if self._is_draining():
                     headers["Connection"] = "close"
@@ -57,10 +60,9 @@ class CommonHeaders:
             logger.exception("request %s failed", request_id)
             if has_started:
                 raise
-            problem = ProblemError(
-                "internal", "The log of the service has the reason under this request id."
+            await problem_response(internal_problem(), request_id)(
+                scope, receive, send_with_headers
             )
-            await problem_response(problem, request_id)(scope, receive, send_with_headers)
 
 
 def _request_id(scope: Scope) -> str:

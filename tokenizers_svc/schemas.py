@@ -1,37 +1,75 @@
 """The JSON answers of the service, as OpenAPI shows them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from cache_builder.formats.codebook import Metric
 from cache_builder.formats.views import Interpolation
 from tokenizers_svc.limits import Limits
 
+Box = Annotated[
+    list[int | bool],
+    Field(
+        min_length=5,
+        max_length=5,
+        description="[top, left, height, width, mirrored] in pixels of the upright picture",
+    ),
+]
 
-class TokenizeAnswer(BaseModel):
-    """The token ids of one view of one picture."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        json_schema_extra={
-            "example": {
-                "model": "imagenet-k8192",
-                "fingerprint": "3f1c0b7d2a6e48f9b05c91d7e2aa64138c0d5e9f7b1a24c6830f9d5be17a6c42",
-                "shape": [2, 2],
-                "dtype": "uint16",
-                "token_ids": [17, 4093, 4093, 8120],
-            }
-        },
+class ImageInfo(BaseModel, frozen=True):
+    """What a picture turned out to be."""
+
+    width: int = Field(description="of the upright picture, pixels")
+    height: int = Field(description="of the upright picture, pixels")
+    format: str = Field(description="JPEG, PNG, WEBP, GIF, BMP or TIFF")
+
+
+class SoftAnswer(BaseModel, frozen=True):
+    """The nearest centroids of every patch and their probabilities, as `build` stores them."""
+
+    k: int = Field(description="centroids per patch")
+    ids: list[int] = Field(description="patch by patch, nearest first")
+    probabilities: list[float] = Field(
+        description="softmax(-d^2 / (T s)) over the k, rounded to float16"
     )
 
-    model: str = Field(description="name of the codebook: its file name without the suffix")
+
+class TokenizeAnswer(BaseModel, frozen=True):
+    """The token ids of one view of one picture."""
+
+    model: str = Field(description="name of the codebook")
     fingerprint: str = Field(description="identity of the tokenizer, SHA-256 in hexadecimal")
     shape: list[int] = Field(
         description="[rows, cols], or [rows, cols, stages] of a residual codebook"
     )
     dtype: Literal["uint16"] = Field("uint16", description="the type that holds every id")
     token_ids: list[int] = Field(description="ids of all patches, flat, row-major")
+    view: Box
+    image: ImageInfo
+    soft: SoftAnswer | None = Field(None, description="only where it is asked for")
+
+
+class BatchItem(BaseModel, frozen=True):
+    """One picture of several: its token ids, or why there are none."""
+
+    index: int = Field(description="place in the request, from 0")
+    token_ids: list[int] | None = Field(None, description="flat, row-major")
+    view: Box | None = None
+    image: ImageInfo | None = None
+    soft: SoftAnswer | None = None
+    error: "Problem | None" = Field(None, description="in the place of the others")
+
+
+class BatchAnswer(BaseModel, frozen=True):
+    """The token ids of several pictures, in the order in which they were sent."""
+
+    model: str = Field(description="name of the codebook")
+    fingerprint: str = Field(description="identity of the tokenizer, SHA-256 in hexadecimal")
+    shape: list[int] = Field(description="of one picture's ids")
+    dtype: Literal["uint16"] = Field("uint16", description="the type that holds every id")
+    items: list[BatchItem]
 
 
 class Health(BaseModel, frozen=True):
@@ -53,6 +91,10 @@ class ModelInfo(BaseModel, frozen=True):
     interpolation: Interpolation
     metric: Metric
     extractor: str = Field(description="which patch features are quantised")
+    dtype: str = Field(description="of the centroids")
+    digest: str = Field(description="of the centroids, SHA-256 in hexadecimal")
+    decodes_to_pixels: bool = Field(description="whether ids can be turned back into a picture")
+    device: str = Field(description="where the tokenizer runs")
     limits: Limits
 
 
@@ -60,6 +102,13 @@ class ModelList(BaseModel, frozen=True):
     """The tokenizers of this service."""
 
     models: list[ModelInfo]
+
+
+class FieldError(BaseModel, frozen=True):
+    """One thing that is wrong with a body."""
+
+    pointer: str = Field(description="where in the body, RFC 6901")
+    message: str
 
 
 class Problem(BaseModel, frozen=True):
@@ -73,3 +122,12 @@ class Problem(BaseModel, frozen=True):
     instance: str = Field(description="`urn:request:` and the X-Request-Id")
     limit: float | int | None = Field(None, description="the limit that was passed")
     actual: float | int | None = Field(None, description="the value that passed it, if known")
+    errors: list[FieldError] | None = Field(None, description="which parts of the body are wrong")
+
+
+class Version(BaseModel, frozen=True):
+    """Which program answers."""
+
+    patchcache: str
+    python: str
+    torch: str

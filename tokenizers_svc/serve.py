@@ -151,15 +151,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _announce(service: TokenizeService, host: str, port: int) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    rows, cols = service.codebook.pixel_rule.grid
-    logger.info(
-        "serving %s (K=%d, %d x %d tokens) at %s",
-        service.model,
-        service.codebook.vocab_size,
-        rows,
-        cols,
-        url,
-    )
+    for served in service.registry:
+        rows, cols = served.codebook.pixel_rule.grid
+        logger.info(
+            "serving %s (K=%d, %d x %d tokens) at %s",
+            served.name,
+            served.codebook.vocab_size,
+            rows,
+            cols,
+            url,
+        )
     logger.info("try: curl --data-binary @photo.jpg %s/v1/tokenize", url)
     if host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("whoever can reach %s may use it: there is no authentication", url)

@@ -1,4 +1,4 @@
-"""One tokenizer at work: who is let in, where pictures are decoded, whether the service is ready.
+"""The models at work: who is let in, where pictures are decoded, whether the service is ready.
 
     admit -> read the body -> decode in a pool of threads -> queue -> one run for many -> answer
 
@@ -10,67 +10,45 @@ everyone, nor in the batch, where it would hold up the device.
 
 import asyncio
 import contextlib
-import math
-import time
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from starlette.requests import Request
+from torch import Tensor
 
-from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.payloads import SoftSpec
 from cache_builder.formats.views import View
-from tokenizers_svc.batcher import Batcher, Crew, Tokenizer, WorkerStoppedError
-from tokenizers_svc.intake import make_view
+from tokenizers_svc.admission import Door, Place
+from tokenizers_svc.batcher import Batcher, SoftIds, WorkerStoppedError
+from tokenizers_svc.intake import Upload, make_view
+from tokenizers_svc.kept import KeptAnswers
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.problems import ProblemError
-from tokenizers_svc.schemas import ModelInfo, TokenizeAnswer
+from tokenizers_svc.registry import Registry, Served, failures
+from tokenizers_svc.tokens import ImageFacts, Key, Outcome, Picture, SoftTokens, Timings, Tokens
 
-_MAX_RETRY_AFTER_S = 60
+# Below this, hashing in the event loop costs less than a thread that does it.
+_HASHED_INLINE_BYTES = 500_000
 
-
-class Timings(NamedTuple):
-    """Where one picture spent its time, seconds; waiting for a decode thread is `decode_s`."""
-
-    decode_s: float
-    queue_s: float
-    infer_s: float
+T = TypeVar("T")
 
 
 class TokenizeService:
-    """A tokenizer with a door, a decoder and a queue."""
+    """Models with a door, a decoder and answers that are kept."""
 
-    def __init__(
-        self,
-        load: Callable[[], Tokenizer],
-        codebook: Codebook,
-        *,
-        model: str,
-        limits: Limits,
-        num_torch_threads: int | None,
-    ) -> None:
-        """Prepare; `start` begins.
-
-        Args:
-            load: Makes the tokenizer, in the worker thread.
-            codebook: That of the tokenizer.
-            model: Its name in answers.
-            limits: Resolved for this machine.
-            num_torch_threads: For the worker thread; None leaves torch as it is.
-        """
-        self.codebook = codebook
-        self.model = model
-        self.limits = limits
+    def __init__(self, registry: Registry) -> None:
+        """Prepare; `start` begins. The registry's limits are resolved for this machine."""
+        self.registry = registry
+        self.limits: Limits = registry.limits
+        self.kept = KeptAnswers(self.limits.kept_bytes)
         self.is_draining = False
-        self.num_admitted = 0
-        self.batcher = Batcher(
-            load,
-            max_batch=limits.max_batch,
-            linger_s=limits.linger_s,
-            crew=Crew(torch_threads=num_torch_threads),
-        )
+        self.door = Door(self.limits, self._seconds_per_picture)
         self._decoders = ThreadPoolExecutor(
-            limits.decode_threads,
+            self.limits.decode_threads,
             thread_name_prefix="decode",
             # The pool is the parallelism; threads of torch within its threads fight for cores.
             initializer=torch.set_num_threads,
@@ -78,117 +56,128 @@ class TokenizeService:
         )
 
     @property
+    def num_admitted(self) -> int:
+        """Pictures that were let in and are not answered yet."""
+        return self.door.num_pictures
+
+    @property
+    def batcher(self) -> Batcher:
+        """That of the default model."""
+        return self.registry.default.batcher
+
+    @property
     def failure(self) -> BaseException | None:
-        """What ended the tokenizer for good, if anything did."""
-        return self.batcher.failure
+        """What ended a tokenizer for good, if anything did."""
+        return next(failures(list(self.registry)), None)
 
     @property
     def is_worker_alive(self) -> bool:
-        """Whether the tokenizer's thread runs."""
-        return self.batcher.is_alive
+        """Whether the thread of any tokenizer runs."""
+        return any(served.batcher.is_alive for served in self.registry)
 
     def start(self) -> None:
-        """Begin loading the tokenizer; returns at once."""
-        self.batcher.start()
+        """Begin loading the tokenizers; returns at once."""
+        self.registry.start()
 
     async def close(self) -> None:
         """Answer what was let in, then end the threads."""
         self.is_draining = True
-        await self.batcher.close()
+        await self.registry.close()
         await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
 
     def why_not_ready(self) -> str | None:
         """Return why no new clients should be sent here, None when they should."""
         if self.is_draining:
             return "The service is shutting down."
-        return self._why_not_serving()
+        reasons = (self._why_not_serving(served) for served in self.registry)
+        return next((reason for reason in reasons if reason is not None), None)
 
     @contextlib.contextmanager
-    def admit(self) -> Iterator[None]:
-        """Hold a place for one picture.
+    def admit(self, served: Served, upload: Upload) -> Iterator[Place]:
+        """Hold places for one picture and for a body; the body may tell of more pictures.
 
         Raises:
-            ProblemError: 429, every place is taken; 503, there is no tokenizer at work.
+            ProblemError: 429, there is no room; 503, there is no tokenizer at work.
         """
-        reason = self._why_not_serving()
+        reason = self._why_not_serving(served)
         if reason is not None:
             raise not_ready(reason)
-        if self.num_admitted >= self.limits.max_queue:
-            seconds = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self.batcher.expected_wait_s)))
-            raise ProblemError(
-                "overloaded",
-                f"The service has its {self.limits.max_queue} pictures. "
-                f"Ask again after {seconds} s.",
-                limit=self.limits.max_queue,
-                headers={"Retry-After": str(seconds)},
-            )
-        self.num_admitted += 1
-        try:
-            yield
-        finally:
-            self.num_admitted -= 1
+        with self.door.admit(num_bytes=upload.length or 0) as place, served.in_use():
+            upload.place = place
+            yield place
 
-    async def tokenize(self, body: bytes, view: View | None) -> tuple[TokenizeAnswer, Timings]:
-        """Return the token ids of one view of the picture in `body`.
-
-        Args:
-            body: An encoded image.
-            view: A box in the upright picture; None is the largest centred square.
+    async def tokenize(self, served: Served, picture: Picture, soft: SoftSpec | None) -> Outcome:
+        """Return the token ids of one view of a picture.
 
         Raises:
             ProblemError: 413, 415 or 422 for the picture, 503 when the tokenizer has gone.
             TokenizerFailedError: The tokenizer cannot take this picture.
         """
-        started = time.perf_counter()
-        rule, max_pixels = self.codebook.pixel_rule, self.limits.max_pixels
-        loop = asyncio.get_running_loop()
-        decoding = loop.run_in_executor(self._decoders, make_view, body, view, rule, max_pixels)
-        del body  # what waits in the queue is the resized view alone
-        pixels = await decoding
-        decode_s = time.perf_counter() - started
+        digest = await self._sha256(picture.data)
+        key = Key(digest, served.fingerprint, picture.view, soft)
+        return await self.kept.get(key, lambda: self._tokenize(served, picture, key))
+
+    async def in_decoder(self, work: Callable[..., T], *args: Any) -> T:
+        """Return what `work` gives in a thread of the pool that decodes pictures."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *args)
+
+    async def _tokenize(self, served: Served, picture: Picture, key: Key) -> Outcome:
+        rule, max_pixels = served.codebook.pixel_rule, self.limits.max_pixels
+        facts: list[tuple[View, ImageFacts]] = []
+
+        def cut() -> Tensor:
+            made = make_view(picture.data, picture.view, rule, max_pixels)
+            facts.append((made.view, made.image))
+            return made.pixels
+
         try:
-            tokens = await self.batcher.encode(pixels)
+            found = await served.batcher.tokenize(cut, key.soft)
         except WorkerStoppedError:
             raise not_ready("The tokenizer has stopped.") from None
-        answer = TokenizeAnswer(
-            model=self.model,
-            fingerprint=self.codebook.fingerprint,
-            shape=self._shape(),
-            token_ids=tokens.ids,
-        )
-        return answer, Timings(decode_s, tokens.queue_s, tokens.infer_s)
+        ids = np.array(found.ids, "<u2").tobytes()
+        tokens = Tokens(ids, *facts[0], _soft_tokens(found.soft, key.soft))
+        timings = Timings(found.decode_s, found.queue_s, found.infer_s, found.batch_size)
+        return Outcome(key, tokens, timings)
 
-    def describe(self) -> ModelInfo:
-        """Return what a client may want to know before it asks."""
-        rule = self.codebook.pixel_rule
-        return ModelInfo(
-            id=self.model,
-            fingerprint=self.codebook.fingerprint,
-            vocab_size=self.codebook.vocab_size,
-            num_stages=self.codebook.num_stages,
-            grid=rule.grid,
-            image_size=rule.size,
-            patch_size=rule.patch_size,
-            interpolation=rule.interpolation,
-            metric=self.codebook.metric,
-            extractor=self.codebook.extractor.id,
-            limits=self.limits,
-        )
+    async def _sha256(self, data: bytes) -> str:
+        if len(data) <= _HASHED_INLINE_BYTES:
+            return hashlib.sha256(data).hexdigest()
+        return await self.in_decoder(lambda: hashlib.sha256(data).hexdigest())
 
-    def _shape(self) -> list[int]:
-        stages = self.codebook.num_stages
-        return [*self.codebook.pixel_rule.grid, *([stages] if stages > 1 else [])]
+    def _seconds_per_picture(self) -> float:
+        """Return what a picture costs the slowest of the models."""
+        return max(served.batcher.seconds_per_picture for served in self.registry)
 
-    def _why_not_serving(self) -> str | None:
-        if self.batcher.failure is not None:
+    def _why_not_serving(self, served: Served) -> str | None:
+        batcher = served.batcher
+        if batcher.failure is not None:
             return "The tokenizer has stopped; the log says why. The service has to be restarted."
-        if not self.batcher.is_ready:
+        if not batcher.is_ready:
             return "The tokenizer is being loaded."
-        if self.batcher.running_s > self.limits.request_deadline_s:
+        if batcher.running_s > self.limits.request_deadline_s:
             return "The tokenizer has been busy with one batch for longer than a request may take."
         return None
+
+
+def begin(request: Request, model: str | None) -> tuple[TokenizeService, Served]:
+    """Return the service and the model that a request names; its answer carries the fingerprint.
+
+    Raises:
+        ProblemError: 404, there is no such model.
+    """
+    service: TokenizeService = request.app.state.service
+    served = service.registry.get(model)
+    request.state.fingerprint = served.fingerprint
+    return service, served
 
 
 def not_ready(reason: str) -> ProblemError:
     """Return the refusal of a service that cannot serve now."""
     return ProblemError("not-ready", reason, headers={"Retry-After": "1"})
+
+
+def _soft_tokens(found: SoftIds | None, soft: SoftSpec | None) -> SoftTokens | None:
+    if found is None or soft is None:
+        return None
+    probabilities = np.array(found.probabilities, "<f2").tobytes()
+    return SoftTokens(soft.top_k, np.array(found.ids, "<u2").tobytes(), probabilities)

@@ -7,13 +7,8 @@ import torch
 from cache_builder.errors import ConfigError
 from cache_builder.formats import CacheSpec, Codebook, FeatureSpec, SoftSpec, ViewSpec
 from cache_builder.formats.manifest import SourceInfo
-from cache_builder.targets import (
-    DEFAULT_TEMPERATURE,
-    TargetMaker,
-    feature_spec,
-    fidelity,
-    soft_spec,
-)
+from cache_builder.soft_targets import DEFAULT_TEMPERATURE, soft_spec
+from cache_builder.targets import TargetMaker, feature_spec, fidelity
 from cache_builder.tokenizers import PatchTokenizer
 from tests import factories
 

@@ -42,7 +42,7 @@ def client_of(access):
     app = Starlette(routes=[Route("/{path:path}", say_who, methods=["GET", "POST"])])
     guarded = AccessControl(app, access=access)
     crossing = allow_origins(guarded, access.options.cors_origins)
-    named = CommonHeaders(crossing, fingerprint="f" * 64, is_draining=lambda: False)
+    named = CommonHeaders(crossing, fingerprint=lambda: "f" * 64, is_draining=lambda: False)
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(named), base_url="http://service", verify=False
     )

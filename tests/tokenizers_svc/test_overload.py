@@ -56,7 +56,8 @@ class Held:
 
 @contextlib.contextmanager
 def held(tokenizer, **limits):
-    app = create_app(tokenizer, limits=Limits(**limits))
+    # Equal pictures are sent on purpose; each is to be tokenised.
+    app = create_app(tokenizer, limits=Limits(kept_bytes=0, **limits))
     with serving(app) as client, ThreadPoolExecutor(32) as pool:
         client.service = app.state.service
         try:

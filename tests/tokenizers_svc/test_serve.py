@@ -77,7 +77,7 @@ def test_a_draining_service_is_not_ready_but_still_serves_and_asks_clients_to_mo
     app = create_app(make_tokenizer())
     with serving(app) as client:
         app.state.service.is_draining = True
-        problem = check_problem(client.get("/readyz"), 503, "not-ready")
+        problem = check_problem(client.get("/readyz"), 503, "draining")
         assert "shutting down" in problem["detail"]
         answer = post(client, jpeg())
         assert answer.status_code == 200

@@ -64,7 +64,7 @@ def test_every_kind_of_picture_is_tokenised_as_the_library_does(client, kind):
     assert answer.json()["token_ids"] == expected_ids(PICTURES[kind])
 
 
-def test_the_answer_names_the_model_the_tokenizer_and_the_shape_and_nothing_else(client):
+def test_the_answer_names_the_model_the_tokenizer_the_shape_and_the_view(client):
     body = jpeg()
     assert post(client, body).json() == {
         "model": "tiny-k16",
@@ -72,6 +72,8 @@ def test_the_answer_names_the_model_the_tokenizer_and_the_shape_and_nothing_else
         "shape": GRID,
         "dtype": "uint16",
         "token_ids": expected_ids(body),
+        "view": [0, 10, 60, 60, False],
+        "image": {"width": 80, "height": 60, "format": "JPEG"},
     }
 
 
@@ -133,9 +135,11 @@ def test_the_fingerprint_is_on_every_answer(client):
 
 
 def test_the_answer_says_where_the_time_went(client):
-    entries = post(client, jpeg()).headers["server-timing"].split(", ")
+    answer = post(client, jpeg(seed=77))
+    entries = answer.headers["server-timing"].split(", ")
     assert [entry.split(";")[0] for entry in entries] == ["read", "decode", "queue", "infer"]
     assert all(float(entry.partition("dur=")[2]) >= 0 for entry in entries)
+    assert answer.headers["x-batch-size"] == "1"
 
 
 def test_the_model_list_says_what_may_be_asked(client):
@@ -152,11 +156,15 @@ def test_the_model_list_says_what_may_be_asked(client):
         "interpolation": "bicubic",
         "metric": "l2",
         "extractor": "pixel",
+        "dtype": "uint8",
+        "digest": make_codebook().header.digest,
+        "decodes_to_pixels": True,
+        "device": "cpu",
     }
     assert limits["max_body_bytes"] == 20_000_000
     assert limits["max_pixels"] == 50_000_000
     assert limits["max_batch"] == 8
-    assert limits["max_queue"] == 32
+    assert limits["max_queue"] == 64
     assert limits["decode_threads"] >= 1
 
 
@@ -164,10 +172,10 @@ def test_openapi_describes_the_picture_the_answer_and_the_refusals(client):
     document = client.get("/openapi.json").json()
     tokenize = document["paths"]["/v1/tokenize"]["post"]
     assert "image/*" in tokenize["requestBody"]["content"]
-    example = document["components"]["schemas"]["TokenizeAnswer"]["example"]
+    example = tokenize["responses"]["200"]["content"]["application/json"]["example"]
     assert len(example["token_ids"]) == np.prod(example["shape"])
     refusals = {int(status) for status in tokenize["responses"]} - {200}
-    assert refusals == {400, 408, 413, 415, 422, 429, 500, 503, 504}
+    assert refusals == {400, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504}
     for status in refusals:
         assert list(tokenize["responses"][str(status)]["content"]) == ["application/problem+json"]
     assert client.get("/docs").status_code == 200

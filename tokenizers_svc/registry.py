@@ -1,0 +1,243 @@
+"""The models of a service: a name, a codebook and the batcher of its tokenizer each.
+
+Codebooks that quantise the same features share one feature model: it is loaded once for all of
+them, and goes when the last of them goes.
+"""
+
+import asyncio
+import json
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cache_builder.errors import ConfigError
+from cache_builder.formats.codebook import Codebook
+from cache_builder.tokenizers.features import FeatureExtractor, load_extractor
+from cache_builder.tokenizers.tokenizer import PatchTokenizer, choose_device
+from tokenizers_svc.batcher import Batcher, Crew, Tokenizer
+from tokenizers_svc.limits import Limits
+from tokenizers_svc.options import check_name
+from tokenizers_svc.problems import ProblemError
+
+
+class Extractors:
+    """Feature models by what they compute; each is loaded once, however many ask for it."""
+
+    def __init__(self) -> None:
+        """Hold none."""
+        self._lock = threading.Lock()
+        self._known: weakref.WeakValueDictionary[str, FeatureExtractor] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def load(self, codebook: Codebook, device: torch.device, weights: str | None) -> PatchTokenizer:
+        """Return the tokenizer of a codebook, over a feature model that others may use too.
+
+        Raises:
+            ConfigError: The feature model cannot be loaded.
+            TokenizerMismatchError: The weights are not those that the codebook was fitted with.
+        """
+        spec, rule = codebook.extractor, codebook.pixel_rule
+        identity = [spec.identity(), rule.model_dump(mode="json"), str(device)]
+        key = json.dumps(identity, sort_keys=True)
+        with self._lock:
+            extractor = self._known.get(key)
+            if extractor is None:
+                extractor = load_extractor(spec, rule, device, weights)
+                self._known[key] = extractor
+        return PatchTokenizer(codebook, extractor, device)
+
+
+class Source(NamedTuple):
+    """Where a model comes from; a model without a path cannot be loaded again."""
+
+    codebook: Codebook
+    device: torch.device
+    load: Callable[[], Tokenizer]
+    path: str | None = None
+
+
+class CodebookFile(NamedTuple):
+    """A file of a model's codebook, and the tag that names its content."""
+
+    parts: tuple[bytes | memoryview, ...]
+    etag: str
+
+
+class Served:
+    """One model at work."""
+
+    def __init__(
+        self, name: str, source: Source, limits: Limits, num_torch_threads: int | None
+    ) -> None:
+        """Prepare; `start` begins."""
+        self.name = name
+        self.source = source
+        self.codebook = source.codebook
+        self.batcher = Batcher(
+            source.load,
+            max_batch=limits.max_batch,
+            linger_s=limits.linger_s,
+            crew=Crew(num_decoders=limits.decode_threads, torch_threads=num_torch_threads),
+            name=f"tokenizer {name}",
+        )
+        self.files: dict[str, CodebookFile] = {}  # those that have been asked for
+        self._num_users = 0
+        self._is_unused = asyncio.Event()
+        self._is_unused.set()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokenizer, SHA-256 in hexadecimal."""
+        return self.codebook.fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokenizer runs."""
+        return self.source.device
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of one picture's ids: (rows, cols), or (rows, cols, M) with M > 1 stages."""
+        stages = self.codebook.num_stages
+        return (*self.codebook.pixel_rule.grid, *([stages] if stages > 1 else []))
+
+    @cached_property
+    def decodes_to_pixels(self) -> bool:
+        """Whether centroids are pictures."""
+        return self.codebook.extractor.id == "pixel" and self.codebook.metric == "l2"
+
+    @cached_property
+    def decoder(self) -> PatchTokenizer:
+        """The tokenizer that turns ids back into pictures, on the CPU; of pixel codebooks only."""
+        return PatchTokenizer.load(self.codebook, "cpu")
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the model from being closed by a reload."""
+        self._num_users += 1
+        self._is_unused.clear()
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+            if not self._num_users:
+                self._is_unused.set()
+
+    async def unused(self) -> None:
+        """Wait until nobody uses the model."""
+        await self._is_unused.wait()
+
+
+class Registry:
+    """The models of one service by name; the first is the default."""
+
+    def __init__(
+        self,
+        codebooks: Mapping[str, str | Path | Tokenizer],
+        *,
+        device: str,
+        weights: str | None,
+        limits: Limits,
+        num_cores: int,
+    ) -> None:
+        """Read the codebooks; the tokenizers are loaded by `start`.
+
+        Args:
+            codebooks: Name to the path of a codebook, or to a loaded tokenizer.
+            device: Of codebooks given as paths.
+            weights: Weights file of their feature models, if not where the codebook says.
+            limits: As asked for; `limits` has them resolved for the device.
+            num_cores: Cores of this process.
+
+        Raises:
+            ArtifactError: A codebook is missing or damaged.
+            ConfigError: There is no codebook, no such device, or a name that no URL can hold.
+        """
+        if not codebooks:
+            raise ConfigError("A service needs a codebook. Pass one: --codebook PATH")
+        self._extractors = Extractors()
+        self._device, self._weights = device, weights
+        sources = {check_name(name): self.open(codebook) for name, codebook in codebooks.items()}
+        on_cpu = all(source.device.type == "cpu" for source in sources.values())
+        self.limits = limits.resolved(on_cpu=on_cpu, num_cores=num_cores)
+        # One core is left to the event loop and the decoders.
+        self._num_torch_threads = max(1, num_cores - 1) if on_cpu else None
+        self._served = {name: self.prepare(name, source) for name, source in sources.items()}
+
+    def open(self, codebook: str | Path | Tokenizer) -> Source:
+        """Read a codebook, or take a loaded tokenizer as it is."""
+        if not isinstance(codebook, str | Path):
+            return Source(codebook.codebook, codebook.device, partial(_the_same, codebook))
+        read, device = Codebook.load(codebook), choose_device(self._device)
+        load = partial(self._extractors.load, read, device, self._weights)
+        return Source(read, device, load, str(codebook))
+
+    def prepare(self, name: str, source: Source) -> Served:
+        """Return a model that has not started."""
+        return Served(name, source, self.limits, self._num_torch_threads)
+
+    def __iter__(self) -> Iterator[Served]:
+        """Go through the models, the default one first."""
+        return iter(self._served.values())
+
+    @property
+    def default(self) -> Served:
+        """The model of requests that name none."""
+        return next(iter(self._served.values()))
+
+    def get(self, name: str | None) -> Served:
+        """Return the model of a name, the default one for None.
+
+        Raises:
+            ProblemError: 404.
+        """
+        served = self.default if name is None else self._served.get(name)
+        if served is None:
+            raise ProblemError(
+                "model-not-found", "There is no model of this name; /v1/models lists those here."
+            )
+        return served
+
+    def replace(self, served: Served) -> None:
+        """Let a model that is ready answer in the place of the one of its name."""
+        self._served[served.name] = served
+
+    def start(self) -> None:
+        """Begin loading all tokenizers; returns at once."""
+        for served in self:
+            served.batcher.start()
+
+    async def close(self) -> None:
+        """Answer what was let in, then end the threads."""
+        await asyncio.gather(*(served.batcher.close() for served in self))
+
+
+def name_models(
+    codebooks: str | Path | Tokenizer | Mapping[str, str | Path | Tokenizer], model: str | None
+) -> Mapping[str, str | Path | Tokenizer]:
+    """Return name to codebook; one without a name is called by its file or its fingerprint."""
+    if isinstance(codebooks, Mapping):
+        if model is not None:
+            raise ConfigError("`model` names one codebook; several bring their names themselves.")
+        return codebooks
+    if isinstance(codebooks, str | Path):
+        return {model or Path(codebooks).stem: codebooks}
+    return {model or codebooks.codebook.fingerprint[:12]: codebooks}
+
+
+def failures(models: Sequence[Served]) -> Iterator[BaseException]:
+    """Give what ended tokenizers for good."""
+    for served in models:
+        if served.batcher.failure is not None:
+            yield served.batcher.failure
+
+
+def _the_same(tokenizer: Tokenizer) -> Tokenizer:
+    return tokenizer

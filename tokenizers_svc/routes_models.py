@@ -1,0 +1,92 @@
+"""The models that answer here, and their codebooks as files."""
+
+from typing import Annotated
+
+from fastapi import Query, Request, Response
+
+from tokenizers_svc.codebook_files import MEDIA_TYPES, FileKind, make_file
+from tokenizers_svc.conditional import content_response
+from tokenizers_svc.intake import check_query
+from tokenizers_svc.problems import ProblemError
+from tokenizers_svc.registry import Served
+from tokenizers_svc.schemas import ModelInfo, ModelList
+from tokenizers_svc.service import TokenizeService, begin
+
+_A_YEAR_S = 31_536_000
+
+Digest = Annotated[
+    str | None, Query(description="of the centroids; the answer may then be kept for ever")
+]
+
+
+async def list_models(request: Request) -> ModelList:
+    """Return the models that answer here, the default one first, and the limits."""
+    service: TokenizeService = request.app.state.service
+    check_query(request)
+    return ModelList(models=[describe(served, service) for served in service.registry])
+
+
+async def show_model(request: Request, model: str) -> ModelInfo:
+    """Return one model, and the limits."""
+    service, served = begin(request, model)
+    check_query(request)
+    return describe(served, service)
+
+
+async def get_npy(request: Request, model: str, digest: Digest = None) -> Response:
+    """Return the centroids (M, K, D), as numpy.save writes them."""
+    return await _get_file(request, model, "npy", digest)
+
+
+async def get_png(request: Request, model: str, digest: Digest = None) -> Response:
+    """Return the pixels of the centroids side by side, ceil(sqrt K) in a row."""
+    return await _get_file(request, model, "png", digest)
+
+
+async def get_safetensors(request: Request, model: str, digest: Digest = None) -> Response:
+    """Return the whole codebook, as `patchcache fit` writes it."""
+    return await _get_file(request, model, "safetensors", digest)
+
+
+def describe(served: Served, service: TokenizeService) -> ModelInfo:
+    """Return what a client may want to know of a model before it asks."""
+    codebook = served.codebook
+    rule = codebook.pixel_rule
+    return ModelInfo(
+        id=served.name,
+        fingerprint=served.fingerprint,
+        vocab_size=codebook.vocab_size,
+        num_stages=codebook.num_stages,
+        grid=rule.grid,
+        image_size=rule.size,
+        patch_size=rule.patch_size,
+        interpolation=rule.interpolation,
+        metric=codebook.metric,
+        extractor=codebook.extractor.id,
+        dtype=str(codebook.centroids.dtype),
+        digest=codebook.header.digest,
+        decodes_to_pixels=served.decodes_to_pixels,
+        device=str(served.device),
+        limits=service.limits,
+    )
+
+
+async def _get_file(request: Request, model: str, kind: FileKind, digest: str | None) -> Response:
+    service, served = begin(request, model)
+    check_query(request, "digest")
+    if digest is not None and digest != served.codebook.header.digest:
+        raise ProblemError(
+            "not-found", "The codebook of this model has another digest; /v1/models has it."
+        )
+    file = served.files.get(kind)
+    if file is None:
+        file = await service.in_decoder(make_file, served, kind)
+        served.files[kind] = file
+    lifetime = "no-cache" if digest is None else f"public, max-age={_A_YEAR_S}, immutable"
+    return content_response(
+        request,
+        file.parts,
+        etag=file.etag,
+        media_type=MEDIA_TYPES[kind],
+        headers={"Cache-Control": lifetime},
+    )

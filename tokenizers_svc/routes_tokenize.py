@@ -1,0 +1,241 @@
+"""Token ids of pictures: one, several, and those that were answered before."""
+
+import asyncio
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, cast
+
+import numpy as np
+from fastapi import Path, Query, Request, Response
+
+from cache_builder.errors import ConfigError
+from cache_builder.formats.payloads import SoftSpec
+from cache_builder.soft_targets import soft_spec
+from tokenizers_svc.batcher import TokenizerFailedError
+from tokenizers_svc.bodies import read_picture, read_pictures
+from tokenizers_svc.conditional import is_known
+from tokenizers_svc.exchange import deadline, time_allowed, while_connected
+from tokenizers_svc.forms import (
+    Form,
+    array_response,
+    choose_form,
+    fields_response,
+    head_fields,
+    picture_fields,
+    token_response,
+)
+from tokenizers_svc.intake import Upload, check_query, check_total_pixels, parse_view
+from tokenizers_svc.limits import Limits
+from tokenizers_svc.problems import ProblemError, internal_problem
+from tokenizers_svc.registry import Served
+from tokenizers_svc.schemas import FieldError
+from tokenizers_svc.service import TokenizeService, begin
+from tokenizers_svc.tokens import Key, Outcome, Picture
+
+logger = logging.getLogger(__name__)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ALL_FORMS: Final = ("json", "npy", "raw", "msgpack")
+_FIELD_FORMS: Final = ("json", "msgpack")
+
+ModelName = Annotated[
+    str | None, Query(description="name of the model; without it, the default one")
+]
+ViewText = Annotated[
+    str | None,
+    Query(
+        description="top,left,height,width in pixels of the decoded, upright picture, and ,1 "
+        "to mirror the resized view; without it, the largest centred square",
+        examples=["0,32,224,224", "0,32,224,224,1"],
+    ),
+]
+OnError = Annotated[
+    Literal["item", "fail"],
+    Query(description="what a bad picture does: its own item says why, or the whole request fails"),
+]
+TopK = Annotated[int | None, Query(description="nearest centroids of every patch to answer with")]
+Temperature = Annotated[
+    float | None, Query(description="of their softmax, in units of the codebook's mean distance")
+]
+
+
+async def tokenize(
+    request: Request,
+    model: ModelName = None,
+    view: ViewText = None,
+    soft_top_k: TopK = None,
+    soft_temperature: Temperature = None,
+) -> Response:
+    """Return the token ids of one view of the picture in the body.
+
+    `curl --data-binary @photo.jpg http://HOST/v1/tokenize`
+    """
+    service, served = begin(request, model)
+    check_query(request, "model", "view", "soft_top_k", "soft_temperature")
+    soft = _soft(served, soft_top_k, soft_temperature, service.limits)
+    form = choose_form(request, *(_FIELD_FORMS if soft else _ALL_FORMS))
+    parse_view(view)
+    upload = Upload(request, service.limits, service.limits.max_body_bytes)
+    with service.admit(served, upload):
+        async with deadline(time_allowed(request, service.limits.request_deadline_s)):
+            started = time.perf_counter()
+            picture = await read_picture(request, upload, service.limits)
+            read_s = time.perf_counter() - started
+            work = service.tokenize(served, picture, soft)
+            outcome = await while_connected(request, work)
+    headers = {
+        **timing_headers(read_s, [outcome]),
+        "ETag": _etag(served, outcome.key, form),
+        "Vary": "Accept",
+    }
+    return token_response(served, outcome.tokens, form, headers)
+
+
+async def tokenize_batch(
+    request: Request, model: ModelName = None, on_error: OnError = "item"
+) -> Response:
+    """Return the token ids of several pictures.
+
+    `curl -F files=@a.jpg -F files=@b.jpg http://HOST/v1/tokenize/batch`
+    """
+    service, served = begin(request, model)
+    limits = service.limits
+    check_query(request, "model", "on_error")
+    # An array has no place for an error.
+    form = choose_form(request, *(_ALL_FORMS if on_error == "fail" else _FIELD_FORMS))
+    upload = Upload(request, limits, limits.max_batch_body_bytes)
+    with service.admit(served, upload) as place:
+        async with deadline(time_allowed(request, limits.request_deadline_s)):
+            started = time.perf_counter()
+            pictures = await read_pictures(request, upload, limits)
+            read_s = time.perf_counter() - started
+            place.hold_pictures(len(pictures))
+            results = await while_connected(request, _tokenize_all(service, served, pictures))
+    outcomes = [result for result in results if isinstance(result, Outcome)]
+    headers = {**timing_headers(read_s, outcomes), "Vary": "Accept"}
+    if on_error == "fail":
+        _raise_first(results)
+    if form in ("npy", "raw"):
+        ids = np.frombuffer(b"".join(outcome.tokens.ids for outcome in outcomes), "<u2")
+        return array_response(ids.reshape(-1, *served.shape), form, headers)
+    items = [
+        {"index": index, **_item_fields(result, form, request.state.request_id)}
+        for index, result in enumerate(results)
+    ]
+    return fields_response({**head_fields(served), "items": items}, form, headers)
+
+
+async def find_tokens(
+    request: Request,
+    sha256: Annotated[str, Path(description="of the image file, hexadecimal")],
+    model: ModelName = None,
+    view: ViewText = None,
+) -> Response:
+    """Return what was answered for the picture with this SHA-256, if it is still kept.
+
+    The view is that of the earlier request, in the same words.
+    """
+    service, served = begin(request, model)
+    check_query(request, "model", "view")
+    form = choose_form(request, *_ALL_FORMS)
+    if not _SHA256.fullmatch(sha256):
+        raise ProblemError("bad-request", "A SHA-256 has 64 hexadecimal digits, in lower case.")
+    key = Key(sha256, served.fingerprint, parse_view(view), None)
+    tokens = service.kept.find(key)
+    if tokens is None:
+        raise ProblemError(
+            "not-found", "No answer is kept for this picture, model and view; send the picture."
+        )
+    headers = {"ETag": _etag(served, key, form), "Vary": "Accept"}
+    if is_known(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    return token_response(served, tokens, form, headers)
+
+
+async def _tokenize_all(
+    service: TokenizeService, served: Served, pictures: Sequence[Picture]
+) -> list[Outcome | ProblemError | TokenizerFailedError]:
+    """Return what became of every picture.
+
+    Raises:
+        ProblemError: 413, they are too large together; 503, the tokenizer has gone.
+    """
+    bodies = [picture.data for picture in pictures]
+    await service.in_decoder(check_total_pixels, bodies, service.limits)
+    work = (service.tokenize(served, picture, None) for picture in pictures)
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        is_its_own = isinstance(result, ProblemError) and result.status < 500
+        if isinstance(result, BaseException) and not (
+            is_its_own or isinstance(result, TokenizerFailedError)
+        ):
+            raise result
+    return cast(list[Outcome | ProblemError | TokenizerFailedError], results)
+
+
+def _raise_first(results: Sequence[Outcome | ProblemError | TokenizerFailedError]) -> None:
+    for index, result in enumerate(results):
+        if isinstance(result, ProblemError):
+            pointer = FieldError(pointer=f"/items/{index}", message=result.detail)
+            raise ProblemError(
+                result.code,
+                f"Picture {index}: {result.detail}",
+                limit=result.limit,
+                actual=result.actual,
+                errors=[pointer],
+            )
+        if isinstance(result, TokenizerFailedError):
+            raise result
+
+
+def _item_fields(
+    result: Outcome | ProblemError | TokenizerFailedError, form: Form, request_id: str
+) -> dict[str, Any]:
+    if isinstance(result, Outcome):
+        return picture_fields(result.tokens, form)
+    if isinstance(result, TokenizerFailedError):
+        logger.error("a picture of request %s failed", request_id, exc_info=result)
+        result = internal_problem()
+    return {"error": result.document(request_id).model_dump(mode="json", exclude_none=True)}
+
+
+def _soft(
+    served: Served, top_k: int | None, temperature: float | None, limits: Limits
+) -> SoftSpec | None:
+    if top_k is not None and top_k > limits.max_soft_top_k:
+        raise ProblemError(
+            "no-soft-targets",
+            f"`soft_top_k` is at most {limits.max_soft_top_k}.",
+            limit=limits.max_soft_top_k,
+            actual=top_k,
+        )
+    try:
+        return soft_spec(
+            served.codebook, top_k, temperature, names=("soft_top_k", "soft_temperature")
+        )
+    except ConfigError as exc:
+        raise ProblemError("no-soft-targets", str(exc)) from exc
+
+
+def _etag(served: Served, key: Key, form: Form) -> str:
+    identity = hashlib.sha256(repr((served.name, key)).encode()).hexdigest()
+    return f'"{identity[:32]}-{form}"'
+
+
+def timing_headers(read_s: float, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Return where the time went; of several pictures, the longest of each."""
+    timings = [outcome.timings for outcome in outcomes if outcome.timings is not None]
+    parts = [f"read;dur={1000 * read_s:.2f}"]
+    if timings:
+        for name in ("decode", "queue", "infer"):
+            longest = max(getattr(timing, f"{name}_s") for timing in timings)
+            parts.append(f"{name};dur={1000 * longest:.2f}")
+    if len(timings) < len(outcomes):
+        parts.append("cache;desc=hit")
+    headers = {"Server-Timing": ", ".join(parts)}
+    if timings:
+        headers["X-Batch-Size"] = str(max(timing.batch_size for timing in timings))
+    return headers

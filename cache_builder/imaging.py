@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from cache_builder.errors import ImageError
 from cache_builder.formats.views import Interpolation, View
@@ -53,6 +52,10 @@ _UPRIGHT: Final = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+_RESIZE: Final = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
 }
 _ALPHA_MODES: Final = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
@@ -128,10 +131,19 @@ def apply_view(
     view: View,
     size: int,
     interpolation: Interpolation = "bicubic",
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Cut a view out of a decoded picture and resize it.
 
     Crop first, then antialiased resize (the two do not commute at the border), then mirror.
+
+    Args:
+        pixels: The picture.
+        view: The box, and whether it is mirrored.
+        size: Side of the result, pixels.
+        interpolation: How it is resized.
+        out: Where the result is written, (3, size, size) uint8, contiguous; None makes room.
 
     Returns:
         (3, size, size) uint8, contiguous.
@@ -143,20 +155,26 @@ def apply_view(
     top, left, h, w, hflip = view
     if min(top, left) < 0 or min(h, w) < 1 or top + h > height or left + w > width:
         raise ImageError(f"view {tuple(view)} does not lie within a picture of {height} x {width}")
-    crop = _resize(pixels[:, top : top + h, left : left + w], (size, size), interpolation)
-    return (crop.flip(-1) if hflip else crop).contiguous()
+    crop = pixels[:, top : top + h, left : left + w]
+    if out is None:
+        out = torch.empty((3, size, size), dtype=torch.uint8)
+    if hflip:
+        out.copy_(_resize_into(torch.empty_like(out), crop, interpolation).flip(-1))
+        return out
+    return _resize_into(out, crop, interpolation)
 
 
-def _resize(pixels: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    """Return uint8 (3, *size), antialiased, of uint8 (3, H, W) on a CPU.
+def _resize_into(out: Tensor, pixels: Tensor, interpolation: Interpolation) -> Tensor:
+    """Write uint8 (3, H, W), resized with antialiasing, into a contiguous uint8 (3, h, w).
 
-    torchvision's v2 `resize` comes down to this call. Its import takes every process 1.7 s, half of
-    a worker's start.
+    torchvision's v2 `resize` and torch's `interpolate` come down to these operators, but neither
+    writes to a given place, and the import of torchvision takes every process 1.7 s.
     """
+    size = out.shape[1:]
     if pixels.shape[1:] == size:
-        return pixels
-    resized = interpolate(pixels[None], size, mode=interpolation, antialias=True)
-    return resized[0]
+        return out.copy_(pixels)
+    _RESIZE[interpolation](pixels[None], size, False, out=out[None])
+    return out
 
 
 def shrink(data: bytes, short_side: int, jpeg_quality: int) -> bytes:
@@ -177,7 +195,7 @@ def shrink(data: bytes, short_side: int, jpeg_quality: int) -> bytes:
         size[0] = short_side
     else:
         size[1] = short_side
-    small = _resize(pixels, (size[0], size[1]), "bicubic")
+    small = _resize_into(torch.empty((3, *size), dtype=torch.uint8), pixels, "bicubic")
     buffer = io.BytesIO()
     Image.fromarray(small.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=jpeg_quality)
     return buffer.getvalue()

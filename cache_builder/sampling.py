@@ -293,7 +293,7 @@ class SampleWorker:
         if self._decoders is None:
             cut = map(self._cut, pictures)
         else:
-            cut = self._decoders.map(self._cut, pictures)
+            cut = self._decoders.map(self._cut, pictures, _IMAGES_PER_BATCH)
         for row, square in cut:
             if isinstance(square, ImageError):
                 logger.warning("left out %s: %s", row.source, square)

@@ -43,6 +43,7 @@ from cache_builder.tokenizers import PatchTokenizer
 logger = logging.getLogger(__name__)
 
 _IMAGES_PER_BATCH = 16
+_BATCHES_AHEAD = 2  # of those that threads work on: one is tokenised, one waits for it
 
 
 class Target(NamedTuple):
@@ -92,48 +93,97 @@ def build_unit(
     """
     for target in targets:
         _check_tokenizer(target)
-    found: list[SkippedSample] = []
+    left_out: list[SkippedSample] = []
     makers = [TargetMaker(target.tokenizer, target.plan.spec, turn) for target in targets]
     specs = [target.plan.spec for target in targets]
 
-    def cut(picture: Picture) -> _Cut | SkippedSample:
-        try:
-            return _cut(picture, specs, shrink_to)
-        except ImageError as exc:
-            if skipped is not None:
-                raise ImageError(
-                    f"{picture.row.source} was tokenised before and now {exc}. Restore the image."
-                ) from exc
-            return SkippedSample(key=picture.row.key, source=picture.row.source, reason=str(exc))
+    def cut(pictures: list[Picture]) -> _Batch:
+        return _cut_batch(pictures, specs, shrink_to, may_skip=skipped is None)
 
     with contextlib.ExitStack() as stack:
         writers = [_open_writer(target, unit) for target in targets]
         for writer in writers:
             stack.enter_context(writer)
-        cuts = decoders.map(cut, pictures) if decoders else map(cut, pictures)
-        drawn = _kept(cuts, found)
-        while batch := list(islice(drawn, _IMAGES_PER_BATCH)):
+        parts = _split(pictures, _IMAGES_PER_BATCH)
+        cuts = decoders.map(cut, parts, _BATCHES_AHEAD) if decoders else map(cut, parts)
+        for batch in _full(cuts, left_out):
             for number, (maker, writer) in enumerate(zip(makers, writers, strict=True)):
                 for new in _tokenise(batch, number, specs[number], maker):
                     writer.add(new)
         return [
-            _record(unit, writer.finish(), maker, tuple(found) if skipped is None else skipped)
+            _record(unit, writer.finish(), maker, tuple(left_out) if skipped is None else skipped)
             for writer, maker in zip(writers, makers, strict=True)
         ]
 
 
 class _Cut(NamedTuple):
-    """An image that has been decoded and cut into views, but not yet tokenised."""
+    """What is known of an image that has been decoded and cut into views."""
 
     row: PlanRow
     data: bytes
     extension: str
     image_size: tuple[int, int]
     views: list[np.ndarray]  # of every target, (V, 5) int32
-    pixels: list[list[Tensor]]  # of every target, V of (3, S, S)
 
 
-def _cut(picture: Picture, specs: list[CacheSpec], shrink_to: tuple[int, int] | None) -> _Cut:
+class _Batch(NamedTuple):
+    """Images that have been cut into views, but not yet tokenised."""
+
+    images: list[_Cut]
+    pixels: list[Tensor]  # of every target, (number of images, V, 3, S, S) uint8
+    skipped: list[SkippedSample]
+
+    def join(self, after: "_Batch") -> "_Batch":
+        """Return the images of both."""
+        pixels = [torch.cat(pair) for pair in zip(self.pixels, after.pixels, strict=True)]
+        return _Batch(self.images + after.images, pixels, [])
+
+    def divide(self, count: int) -> "tuple[_Batch, _Batch]":
+        """Return the first `count` images and the others."""
+        first = _Batch(self.images[:count], [each[:count] for each in self.pixels], [])
+        return first, _Batch(self.images[count:], [each[count:] for each in self.pixels], [])
+
+
+def _split(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    remaining = iter(pictures)
+    while part := list(islice(remaining, size)):
+        yield part
+
+
+def _cut_batch(
+    pictures: list[Picture],
+    specs: list[CacheSpec],
+    shrink_to: tuple[int, int] | None,
+    *,
+    may_skip: bool,
+) -> _Batch:
+    """Decode images and cut every view right into its place of what a tokenizer takes."""
+    pixels = [
+        torch.empty((len(pictures), rule.num_views, 3, rule.size, rule.size), dtype=torch.uint8)
+        for rule in (spec.view_spec for spec in specs)
+    ]
+    images: list[_Cut] = []
+    skipped: list[SkippedSample] = []
+    for picture in pictures:
+        places = [each[len(images)] for each in pixels]
+        try:
+            images.append(_cut(picture, specs, shrink_to, places))
+        except ImageError as exc:
+            key, source = picture.row.key, picture.row.source
+            if not may_skip:
+                raise ImageError(
+                    f"{source} was tokenised before and now {exc}. Restore the image."
+                ) from exc
+            skipped.append(SkippedSample(key=key, source=source, reason=str(exc)))
+    return _Batch(images, [each[: len(images)] for each in pixels], skipped)
+
+
+def _cut(
+    picture: Picture,
+    specs: list[CacheSpec],
+    shrink_to: tuple[int, int] | None,
+    places: list[Tensor],  # of every target, (V, 3, S, S) uint8
+) -> _Cut:
     data = image_bytes(picture.data)
     if shrink_to is not None:
         # The tokens must be those of the pixels that the trainer will see.
@@ -141,29 +191,50 @@ def _cut(picture: Picture, specs: list[CacheSpec], shrink_to: tuple[int, int] | 
     pixels = decode(data)
     image_size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
     resized: dict[tuple[View, int, str], Tensor] = {}
-    views, crops = [], []
-    for spec in specs:
+    views = []
+    for spec, room in zip(specs, places, strict=True):
         rule = spec.view_spec
         drawn = draw_views(rule, picture.row.key, image_size)
-        for view in drawn:
-            if (view, rule.size, rule.interpolation) not in resized:
-                resized[view, rule.size, rule.interpolation] = apply_view(
-                    pixels, view, rule.size, rule.interpolation
-                )
+        for view, place in zip(drawn, room, strict=True):
+            known = (view, rule.size, rule.interpolation)
+            if known in resized:
+                place.copy_(resized[known])
+            else:
+                resized[known] = apply_view(pixels, view, rule.size, rule.interpolation, out=place)
         views.append(np.array(drawn, np.int32))
-        crops.append([resized[view, rule.size, rule.interpolation] for view in drawn])
-    return _Cut(picture.row, data, image_extension(data), image_size, views, crops)
+    return _Cut(picture.row, data, image_extension(data), image_size, views)
+
+
+def _full(batches: Iterable[_Batch], left_out: list[SkippedSample]) -> Iterator[_Batch]:
+    """Yield batches that are full but for the last, also where images are left out.
+
+    Which images a tokenizer takes together then depends on the images that there are and on
+    nothing else: a layer that is added later, without those left out, has the same batches.
+    """
+    rest: _Batch | None = None
+    for batch in batches:
+        for sample in batch.skipped:
+            logger.warning("skipped %s: %s", sample.source, sample.reason)
+            left_out.append(sample)
+        held = rest.join(batch) if rest and rest.images else batch
+        while len(held.images) >= _IMAGES_PER_BATCH:
+            full, held = held.divide(_IMAGES_PER_BATCH)
+            yield full
+        rest = held
+    if rest and rest.images:
+        yield rest
 
 
 def _tokenise(
-    batch: list[_Cut], number: int, spec: CacheSpec, maker: TargetMaker
+    batch: _Batch, number: int, spec: CacheSpec, maker: TargetMaker
 ) -> Iterator[NewSample]:
+    images = batch.images
     try:
-        made = maker.make(torch.stack([view for image in batch for view in image.pixels[number]]))
+        made = maker.make(batch.pixels[number].flatten(0, 1))
     except ConfigError as exc:
-        raise ConfigError(f"{batch[0].row.key} to {batch[-1].row.key}: {exc}") from exc
+        raise ConfigError(f"{images[0].row.key} to {images[-1].row.key}: {exc}") from exc
     embedded = spec.images_in_cache != "none"
-    for image, targets in zip(batch, made.split(len(batch)), strict=True):
+    for image, targets in zip(images, made.split(len(images)), strict=True):
         sample = CachedSample(
             key=image.row.key,
             image=image.data if embedded else None,
@@ -174,15 +245,6 @@ def _tokenise(
         )
         extension = image.extension if embedded else ""
         yield NewSample(sample, extension, image.row.source, image.image_size)
-
-
-def _kept(images: Iterable[_Cut | SkippedSample], skipped: list[SkippedSample]) -> Iterator[_Cut]:
-    for image in images:
-        if isinstance(image, SkippedSample):
-            logger.warning("skipped %s: %s", image.source, image.reason)
-            skipped.append(image)
-        else:
-            yield image
 
 
 def _open_writer(target: Target, unit: int) -> ShardWriter | RowWriter:

@@ -71,11 +71,11 @@ class ShardWriter:
 
     def add(self, new: NewSample) -> None:
         """Append one sample."""
-        members = {
-            extension: (self._tar.add(f"{new.sample.key}.{extension}", data), len(data))
-            for extension, data in _members(new).items()
-        }
-        self._entries.append(SampleEntry(key=new.sample.key, members=members))
+        key, content = new.sample.key, _members(new)
+        starts = self._tar.add({f"{key}.{name}": data for name, data in content.items()})
+        places = zip(starts, map(len, content.values()), strict=True)
+        members = dict(zip(content, places, strict=True))
+        self._entries.append(SampleEntry(key=key, members=members))
 
     def finish(self) -> Written:
         """Publish the tar and say where its members lie."""

@@ -5,6 +5,7 @@ worker does beside decoding and tokenising. Names that do not fit a plain header
 """
 
 import tarfile
+from collections.abc import Mapping
 from typing import Protocol
 
 _BLOCK_BYTES = tarfile.BLOCKSIZE
@@ -29,13 +30,17 @@ class TarStream:
         self._file = file
         self.offset = 0
 
-    def add(self, name: str, data: bytes) -> int:
-        """Append a file; return where its content starts."""
-        self._write(_header(name, len(data)))
-        start = self.offset
-        self._write(data)
-        self._write(bytes(-len(data) % _BLOCK_BYTES))
-        return start
+    def add(self, files: Mapping[str, bytes]) -> list[int]:
+        """Append files, written at once; return where the content of each starts."""
+        parts: list[bytes] = []
+        starts, end = [], self.offset
+        for name, data in files.items():
+            header, padding = _header(name, len(data)), bytes(-len(data) % _BLOCK_BYTES)
+            parts += (header, data, padding)
+            starts.append(end + len(header))
+            end = starts[-1] + len(data) + len(padding)
+        self._write(b"".join(parts))
+        return starts
 
     def finish(self) -> None:
         """Write the end of the tar, filled up to a whole record as tarfile does."""

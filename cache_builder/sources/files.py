@@ -3,7 +3,6 @@
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 from cache_builder.errors import ImageError, NotServedError, SourceError
 from cache_builder.formats.manifest import PlanRow, PlanUnit
@@ -53,7 +52,7 @@ def read_row(root: str, row: PlanRow) -> bytes | ImageError:
         return ImageError(row.refused)
     location = resolve(root, row.source)
     if not names.is_remote(location):
-        return _read_local(Path(location))
+        return _read_local(location)
     try:
         data, problem = remote.read_image(location)
     except NotServedError as exc:
@@ -64,14 +63,18 @@ def read_row(root: str, row: PlanRow) -> bytes | ImageError:
     return ImageError(problem) if problem else data
 
 
-def _read_local(path: Path) -> bytes | ImageError:
+def _read_local(path: str) -> bytes | ImageError:
     try:
-        status = path.stat()
+        # A Path and a buffer for every image would take as long as reading it.
+        status = os.stat(path)  # noqa: PTH116
         kind = stat.S_IFMT(status.st_mode)
         if kind in _NO_FILES:  # they may have no end, and reading may wait for ever
             return ImageError(f"it is a {_NO_FILES[kind]}, not a file")
         problem = names.size_problem(status.st_size)
-        return ImageError(problem) if problem else path.read_bytes()
+        if problem:
+            return ImageError(problem)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read()
     except OSError as exc:
         raise SourceError(
             f"{path} cannot be read: {exc.strerror or os.strerror(exc.errno or 0)}. It was there "

@@ -462,7 +462,6 @@ def stages_of_build(source: Any) -> list[Stage]:
         Stage("tokenise", ((PatchTokenizer, "features"), (ResidualQuantizer, "encode"))),
         Stage("draw views", ((views, "draw_views"),)),
         Stage("image extension", ((image_types, "image_extension"),)),
-        Stage("join views", ((torch, "stack"), (torch, "cat"))),
         Stage("other targets", ((TargetMaker, "make"), (Targets, "split"))),
         Stage("tar members", ((tar_stream.TarStream, "add"),)),
         Stage("write shard", tuple((writer, name) for writer in WRITERS for name in WRITING)),

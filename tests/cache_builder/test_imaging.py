@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torch.nn.functional import interpolate
 
 from cache_builder import imaging
 from cache_builder.errors import ImageError
@@ -426,6 +427,22 @@ def test_a_mirrored_view_is_the_mirror_of_the_view():
         )
         assert torch.equal(mirrored, plain.flip(-1))
         assert mirrored.is_contiguous()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("side", [16, 21, 40])
+def test_a_view_written_into_its_place_is_what_torch_itself_resizes(side, interpolation):
+    crop = (slice(None), slice(0, side), slice(4, 4 + side))
+    picture = torch.from_numpy(PHOTO).permute(2, 0, 1)
+    for pixels in (picture, picture.contiguous()):  # as decoders give it, and planes
+        expected = interpolate(pixels[crop][None], (16, 16), mode=interpolation, antialias=True)[0]
+        places = torch.full((4, 3, 16, 16), 7, dtype=torch.uint8)
+        for row, hflip in ((1, False), (2, True)):
+            view = View(0, 4, side, side, hflip)
+            returned = apply_view(pixels, view, 16, interpolation, out=places[row])
+            assert torch.equal(places[row], expected.flip(-1) if hflip else expected)
+            assert returned.data_ptr() == places[row].data_ptr()
+        assert (places[[0, 3]] == 7).all()
 
 
 @pytest.mark.parametrize("size", [8, 16, 64])

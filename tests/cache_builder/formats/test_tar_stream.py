@@ -13,7 +13,7 @@ NAMES = ["a", "b/" + "n" * 98, "c/" + "n" * 99, "d/" + "long" * 60, "e/\u00e9.jp
 def written(members):
     file = io.BytesIO()
     tar = TarStream(file)
-    starts = [tar.add(name, data) for name, data in members]
+    starts = tar.add(dict(members[:2])) + tar.add(dict(members[2:]))
     tar.finish()
     assert tar.offset == len(file.getvalue())
     return file.getvalue(), starts

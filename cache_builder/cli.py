@@ -34,6 +34,7 @@ from cache_builder.cli_options import (
     refuse_given,
     triple,
 )
+from cache_builder.cli_tokenize import tokenize
 from cache_builder.cli_training import export, finetune, probe, train
 from cache_builder.errors import ConfigError
 
@@ -374,6 +375,8 @@ def serve(
 
     service.run(codebook, host=host, port=port, device=device, weights=weights)
 
+
+app.command()(tokenize)
 
 for training_command in (train, probe, finetune, export):
     app.command()(training_command)

@@ -13,7 +13,7 @@ _STOPPED = (130, 143)  # what typer makes of a KeyboardInterrupt, and `ray_clust
 _EXTRA_OF_COMMAND = {
     "fit": "build", "build": "build", "verify": "build", "inspect": "build",
     "convert": "build", "merge": "build", "subset": "build",
-    "serve": "serve", "train": "train", "probe": "train", "finetune": "train",
+    "serve": "serve", "tokenize": "client", "train": "train", "probe": "train", "finetune": "train",
     "export": "train",
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache_builder.cli import app
@@ -76,6 +77,11 @@ def test_the_examples_lead_from_a_folder_of_photos_to_a_served_and_exported_mode
         request = urllib.request.Request(f"{url}/v1/tokenize", data=photo.read_bytes())
         with urllib.request.urlopen(request, timeout=30) as reply:
             answer = json.load(reply)
+        words = [url if word.startswith("http:") else word for word in examples()["tokenize"]]
+        done = run(folder, words)
+        assert done.returncode == 0, done.stderr
+    with np.load(folder / "tokens.npz") as tokens:
+        assert tokens["token_ids"].shape == (60, 4, 4)
     assert answer["shape"] == [4, 4]
     cached = json.loads(run(folder, ["inspect", "cache/", "--json"]).stdout)
     assert answer["fingerprint"] == cached["fingerprint"]

@@ -15,8 +15,8 @@ from cache_builder.cli_errors import one_line_errors
 from tests import factories
 
 COMMANDS = (
-    "fit", "build", "verify", "convert", "merge", "subset", "inspect", "serve", "train", "probe",
-    "finetune", "export",
+    "fit", "build", "verify", "convert", "merge", "subset", "inspect", "serve", "tokenize", "train",
+    "probe", "finetune", "export",
 )  # fmt: skip
 CLI = [sys.executable, "-m", "cache_builder.cli"]
 

@@ -9,6 +9,7 @@
     |   +-- FormatVersionError   it was written by a newer patchcache: upgrade
     +-- TokenizerMismatchError   two fingerprints differ: tokens of two tokenizers would mix
     +-- ImageError               one image cannot be decoded: the build records it and goes on
+    |   +-- ImageTooLargeError   it has more pixels than the limit: shrink it or raise the limit
     +-- WorkerLostError          a process that held part of the work died: run again
     +-- StorageError             an object store does not answer or refuses: mend access, run again
     +-- CacheInUseError          another driver writes the same cache: wait for it
@@ -52,6 +53,15 @@ class TokenizerMismatchError(PatchCacheError):
 
 class ImageError(PatchCacheError):
     """One image cannot be decoded or tokenised; the message is the reason."""
+
+
+class ImageTooLargeError(ImageError):
+    """One image has more pixels than the limit."""
+
+    def __init__(self, message: str, num_pixels: int | None = None) -> None:
+        """Refuse a picture of so many pixels; None where the decoder does not say."""
+        super().__init__(message)
+        self.num_pixels = num_pixels
 
 
 class WorkerLostError(PatchCacheError):

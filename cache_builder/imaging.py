@@ -23,11 +23,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from cache_builder.errors import ImageError
+from cache_builder.errors import ImageError, ImageTooLargeError
 from cache_builder.formats.views import Interpolation, View
+from cache_builder.image_headers import check_header
 
 try:
     from torchcodec.decoders import decode_jpeg as _decode_jpeg
@@ -37,6 +39,7 @@ except (ImportError, OSError, RuntimeError):
 
 MAX_PIXELS: Final = 89_478_485  # Pillow's own warning threshold, 256 MiB of RGB
 
+_BAND_PIXELS: Final = 1 << 20
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 # What decoders raise on damaged files is not documented; all of it means the same.
@@ -65,7 +68,8 @@ Image.init()  # without it, naming a format whose plug-in has not been loaded ye
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Return the picture in `data` as upright RGB.
 
-    The size is read from the header and checked before a pixel is decoded. JPEG in RGB or
+    The size is read from the header and checked before a pixel is decoded, and so is what makes
+    a small file costly (`cache_builder.image_headers`). JPEG in RGB or
     greyscale is decoded by torchcodec, everything else by Pillow; both use libjpeg-turbo and
     give the same pixels.
 
@@ -77,24 +81,29 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         (3, H, W) uint8.
 
     Raises:
-        ImageError: Not an image, corrupt, truncated, too large, or without a defined range.
+        ImageTooLargeError: More pixels than that.
+        ImageError: Not an image, corrupt, truncated, hostile, or without a defined range.
     """
     if not data:
         raise ImageError("the file is empty")
+    check_header(data, max_pixels=max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size
         if width * height > max_pixels:
-            raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}")
+            raise ImageTooLargeError(
+                f"{width} x {height} pixels are more than the limit of {max_pixels:,}",
+                num_pixels=width * height,
+            )
         if _decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
             return _decode_jpeg(data)
-        return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+        return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
     except UnidentifiedImageError as exc:
         raise ImageError(
             "not an image of a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
         ) from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as exc:
-        raise ImageError(f"too large to decode: {exc}") from exc
+        raise ImageTooLargeError(f"too large to decode: {exc}") from exc
     except _DECODER_ERRORS as exc:
         raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
 
@@ -227,25 +236,36 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * p, cols * p)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the first frame as upright RGB (H, W, 3)."""
     image.seek(0)
     image.load()  # turns a TIFF upright, and takes the orientation out of its EXIF
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation in _UPRIGHT:
-        # Not ImageOps.exif_transpose: it also writes the EXIF anew, which fails on a damaged one.
-        image = image.transpose(_UPRIGHT[orientation])
-    if image.mode in _DEEP_GREY_MODES or (image.mode == "I" and image.format == "PNG"):
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(np.clip(grey.round(), 0, 255).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+    if image.mode in ("I", "F") and (image.mode, image.format) != ("I", "PNG"):
         raise ImageError(
             f"pixels of mode {image.mode} have no defined range; convert them to 8 or 16 bits"
         )
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    if orientation in _UPRIGHT:
+        # Not ImageOps.exif_transpose: it also writes the EXIF anew, which fails on a damaged one.
+        image = image.transpose(_UPRIGHT[orientation])
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    # Some rows at a time: several copies of a whole large picture would be held at once.
+    num_rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, num_rows):
+        bottom = min(top + num_rows, image.height)
+        rgb[top:bottom] = _band_to_rgb(image.crop((0, top, image.width, bottom)))
+    return rgb
+
+
+def _band_to_rgb(band: Image.Image) -> Image.Image:
+    if band.mode in _DEEP_GREY_MODES or band.mode == "I":
+        grey = np.asarray(band).astype(np.float64) / 257
+        band = Image.fromarray(np.clip(grey.round(), 0, 255).astype(np.uint8))
+    if band.mode in _ALPHA_MODES or "transparency" in band.info:
+        band = band.convert("RGBA")
+        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+        band = Image.alpha_composite(white, band)
+    return band.convert("RGB")
 
 
 def _first_line(exc: BaseException) -> str:

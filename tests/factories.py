@@ -230,3 +230,16 @@ def flip_byte(path: Path, position: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if position < 0 else position] ^= 0x55
     path.write_bytes(data)
+
+
+def peak_memory_since_reset(action):
+    """Most memory that this process held during `action`, beyond what it held before, bytes."""
+
+    def field(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = field("VmRSS")
+    action()
+    return field("VmHWM") - before

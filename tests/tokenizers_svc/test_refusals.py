@@ -2,11 +2,11 @@
 
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.factories import peak_memory_since_reset
 from tests.tokenizers_svc.support import (
     check_problem,
     draw,
@@ -36,19 +36,6 @@ def blank_png(width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
-
-
-def peak_memory_since_reset(action):
-    """Most memory that this process held during `action`, beyond what it held before, bytes."""
-
-    def field(name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = field("VmRSS")
-    action()
-    return field("VmHWM") - before
 
 
 def corrupt_png():

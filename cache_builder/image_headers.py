@@ -179,7 +179,7 @@ class _Field(NamedTuple):
     """One field of a TIFF directory."""
 
     kind: int
-    count: int
+    num_values: int
     position: int  # of its values
     is_readable: bool  # they lie within the file
 
@@ -215,13 +215,13 @@ class _Directory:
         field = self.fields.get(tag)
         if field is None or not field.is_readable or field.kind not in _WHOLE_NUMBERS:
             return ()
-        code = f"{min(field.count, most)}{_WHOLE_NUMBERS[field.kind]}"
+        code = f"{min(field.num_values, most)}{_WHOLE_NUMBERS[field.kind]}"
         return self._unpack_all(code, field.position)
 
     def count(self, tag: int) -> int:
         """Return how many values a field has, 0 where they are not in the file."""
         field = self.fields.get(tag)
-        return field.count if field is not None and field.is_readable else 0
+        return field.num_values if field is not None and field.is_readable else 0
 
     def _add(self, tag: int, kind: int, count: int, position: int) -> None:
         num_bytes = _TYPE_BYTES.get(kind, 0) * count

@@ -15,10 +15,12 @@ What becomes of unusual pictures:
     truncated          refused, like any file that decodes to less than it promises
 """
 
+import contextlib
 import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -68,10 +70,9 @@ Image.init()  # without it, naming a format whose plug-in has not been loaded ye
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Return the picture in `data` as upright RGB.
 
-    The size is read from the header and checked before a pixel is decoded, and so is what makes
-    a small file costly (`cache_builder.image_headers`). JPEG in RGB or
-    greyscale is decoded by torchcodec, everything else by Pillow; both use libjpeg-turbo and
-    give the same pixels.
+    The size is read from the header and checked before a pixel is decoded, and so is what makes a
+    small file costly (`cache_builder.image_headers`). JPEG in RGB or greyscale is decoded by
+    torchcodec, everything else by Pillow; both use libjpeg-turbo and give the same pixels.
 
     Args:
         data: An encoded image: JPEG, PNG, WebP, GIF, BMP or TIFF.
@@ -84,11 +85,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         ImageTooLargeError: More pixels than that.
         ImageError: Not an image, corrupt, truncated, hostile, or without a defined range.
     """
-    if not data:
-        raise ImageError("the file is empty")
-    check_header(data, max_pixels=max_pixels)
-    try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    with _as_image_errors():
+        image = _open(data, max_pixels)
         width, height = image.size
         if width * height > max_pixels:
             raise ImageTooLargeError(
@@ -98,14 +96,6 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         if _decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
             return _decode_jpeg(data)
         return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
-    except UnidentifiedImageError as exc:
-        raise ImageError(
-            "not an image of a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
-        ) from exc
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as exc:
-        raise ImageTooLargeError(f"too large to decode: {exc}") from exc
-    except _DECODER_ERRORS as exc:
-        raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
 
 
 class ImageHeader(NamedTuple):
@@ -122,17 +112,8 @@ def read_header(data: bytes) -> ImageHeader:
     Raises:
         ImageError: Not an image of a known format, or its header is damaged.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return ImageHeader(str(image.format), image.width, image.height)
-    except UnidentifiedImageError as exc:
-        raise ImageError(
-            "not an image of a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
-        ) from exc
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise ImageError(f"too large to decode: {exc}") from exc
-    except _DECODER_ERRORS as exc:
-        raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
+    with _as_image_errors(), _open(data, MAX_PIXELS) as image:
+        return ImageHeader(str(image.format), image.width, image.height)
 
 
 def apply_view(
@@ -236,6 +217,28 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * p, cols * p)
 
 
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError("the file is empty")
+    check_header(data, max_pixels=max_pixels)
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+@contextlib.contextmanager
+def _as_image_errors() -> Iterator[None]:
+    """Tell in one exception of ours what decoders say in many."""
+    try:
+        yield
+    except UnidentifiedImageError as exc:
+        raise ImageError(
+            "not an image of a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
+        ) from exc
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as exc:
+        raise ImageTooLargeError(f"too large to decode: {exc}") from exc
+    except _DECODER_ERRORS as exc:
+        raise ImageError(f"cannot be decoded: {_first_line(exc)}") from exc
+
+
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Return the first frame as upright RGB (H, W, 3)."""
     image.seek(0)
@@ -253,7 +256,8 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     num_rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, num_rows):
         bottom = min(top + num_rows, image.height)
-        rgb[top:bottom] = _band_to_rgb(image.crop((0, top, image.width, bottom)))
+        band = image.crop((0, top, image.width, bottom))
+        rgb[top:bottom] = np.asarray(_band_to_rgb(band))
     return rgb
 
 

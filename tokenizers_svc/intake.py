@@ -7,16 +7,15 @@ refuses what the next one would pay for. Decoding, cropping and resizing are tho
 
 import asyncio
 import contextlib
-import io
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from starlette.requests import Request
 from torch import Tensor
 
-from cache_builder.errors import ImageError
+from cache_builder.errors import ImageError, ImageTooLargeError
 from cache_builder.formats.codebook import PixelRule
 from cache_builder.formats.views import View, centre_square
 from cache_builder.imaging import apply_view, decode, read_header
@@ -174,7 +173,7 @@ def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) 
         image_format = read_header(body).format
         pixels = decode(body, max_pixels=max_pixels)
     except ImageError as exc:
-        raise _image_problem(exc, body, max_pixels) from exc
+        raise _image_problem(exc, max_pixels) from exc
     height, width = pixels.shape[-2:]
     view = view or centre_square((height, width))
     try:
@@ -213,17 +212,11 @@ def check_total_pixels(bodies: Iterable[bytes], limits: Limits) -> None:
         )
 
 
-def _image_problem(error: ImageError, body: bytes, max_pixels: int) -> ProblemError:
-    """Tell what the decoder's one exception stands for."""
+def _image_problem(error: ImageError, max_pixels: int) -> ProblemError:
+    """Tell what the decoder's exception stands for."""
     detail = f"The picture is refused: {error}."
     if isinstance(error.__cause__, UnidentifiedImageError):
         return ProblemError("not-an-image", detail)
-    too_large = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
-    if isinstance(error.__cause__, too_large):
-        return ProblemError("image-too-large", detail, limit=max_pixels)
-    if error.__cause__ is None:
-        with Image.open(io.BytesIO(body)) as header:
-            num_pixels = header.width * header.height
-        if num_pixels > max_pixels:
-            return ProblemError("image-too-large", detail, limit=max_pixels, actual=num_pixels)
+    if isinstance(error, ImageTooLargeError):
+        return ProblemError("image-too-large", detail, limit=max_pixels, actual=error.num_pixels)
     return ProblemError("corrupt-image", detail)

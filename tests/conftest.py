@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from _pytest.nodeid import NodeId
+from hypothesis import HealthCheck, settings
 
 from tests import factories
 from tests.servers import GoogleStorage
@@ -25,6 +26,11 @@ def pytest_configure():
     # A shell starts what it puts into the background with Ctrl-C ignored, and that is inherited.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The same examples every time, and however long they take on a busy machine.
+    settings.register_profile(
+        "calm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("calm")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,6 +9,7 @@
     GET  /readyz                        every tokenizer is loaded, warm and at work, and the service
                                         is not leaving
     GET  /version, /docs, /openapi.json
+    GET  /, /page/...                   the page for people
 
 The tokenizers are loaded after the application has started, so that probes are answered meanwhile.
 """
@@ -30,6 +31,7 @@ from tokenizers_svc.exchange import answer_nobody
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.middleware import CommonHeaders
 from tokenizers_svc.options import ServiceOptions
+from tokenizers_svc.page import page_router
 from tokenizers_svc.problems import (
     ProblemError,
     answer_http_exception,
@@ -109,6 +111,8 @@ def create_app(
         is_draining=lambda: service.is_draining,
     )
     routes.add_all(app)
+    if options.page:
+        app.include_router(page_router(has_docs=options.docs))
     return app
 
 

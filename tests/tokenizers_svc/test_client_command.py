@@ -63,9 +63,13 @@ def test_files_and_folders_and_archives_are_one_list(folder, tokenize, tmp_path)
         archive.addfile(member, io.BytesIO(jpeg(seed=5)))
     out = tmp_path / "new" / "tokens.npy"
     photo = folder / "a" / "1.jpg"
+    missing = tokenize(photo, folder / "c.jpg", "--out", out)
+    assert (
+        missing.err == f"failed       {folder}/c.jpg: cannot be read: No such file or directory\n"
+    )
     outcome = tokenize(photo, tar, folder / "a", photo, "--out", out)
     assert outcome.status == 0, outcome.err
-    assert "tokenised    3 images" in outcome.out
+    assert "tokenised    2 images\nkept         1 of" in outcome.out
     assert f"numpy.load('{out}')" in outcome.out
     ids = np.load(out)
     assert ids.dtype == np.uint16
@@ -185,4 +189,4 @@ def test_a_service_that_is_away_is_told(folder, patchcache, monkeypatch):
     with moody.nobody() as url:
         outcome = patchcache("tokenize", folder, "--url", url)
     assert outcome.status == 1
-    assert "The service is not ready after 0.01 s. The service does not answer" in outcome.err
+    assert "The service is not ready after 0.01 s: " in outcome.err

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Self
 
 import httpx
@@ -82,7 +82,7 @@ class AsyncTokenizerClient:
         on_error: OnError = "raise",
         progress: Progress | None = None,
         expect_fingerprint: str | None = None,
-    ) -> AsyncIterator[Item]:
+    ) -> AsyncGenerator[Item]:
         """Yield the tokens of many pictures; `images` is gone through in the event loop."""
         plan = await self._run(
             batches.plan(

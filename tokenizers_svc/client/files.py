@@ -217,7 +217,8 @@ def _tokenize(
                 journal.add(name, item.tokens)
                 num_done += 1
             else:
-                summary.failures.append((name, str(item.error)))
+                reason = str(item.error).removeprefix(f"{name} ")
+                summary.failures.append((name, reason))
             progress(num_done + len(summary.failures), total)
     except TokenizerMismatchError as exc:
         if journal.path is None:

@@ -128,7 +128,6 @@ def retry_after(headers: httpx.Headers) -> float | None:
 
 
 def _advice(failure: Exception, num_tries: int, retry_after_s: float | None) -> str:
-    tries = f"{num_tries} tries" if num_tries > 1 else "1 try"
     if isinstance(failure, ProblemError) and retry_after_s is not None:
-        return f"After {tries} it asks to come back after {retry_after_s:g} s more."
-    return f"So it was in {tries}. See that it runs and that the URL is right."
+        return f"It asks to come back after {retry_after_s:g} s; tries: {num_tries}."
+    return f"See that it runs and that the URL is right; tries: {num_tries}."

@@ -177,7 +177,8 @@ def wait_ready(timeout_s: float) -> Steps[None]:
         except ServiceUnavailableError as exc:
             if time.monotonic() - started >= timeout_s:
                 raise ServiceUnavailableError(
-                    f"The service is not ready after {timeout_s:g} s. {exc}"
+                    f"The service is not ready after {timeout_s:g} s: {exc.__cause__}. "
+                    "See that it runs and that the URL is right."
                 ) from exc
         else:
             return

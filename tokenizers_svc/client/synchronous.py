@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
@@ -111,7 +111,7 @@ class TokenizerClient:
         on_error: OnError = "raise",
         progress: Progress | None = None,
         expect_fingerprint: str | None = None,
-    ) -> Iterator[Item]:
+    ) -> Generator[Item]:
         """Yield the tokens of many pictures, several requests at a time.
 
         At most two batches per connection are held, sent or not, and `images` is read no further.

@@ -34,6 +34,7 @@ from cache_builder.cli_options import (
     refuse_given,
     triple,
 )
+from cache_builder.cli_serving import serve
 from cache_builder.cli_tokenize import tokenize
 from cache_builder.cli_training import export, finetune, probe, train
 from cache_builder.errors import ConfigError
@@ -355,31 +356,10 @@ def build(
         print_lines(*build_lines(summary, out))
 
 
-for command in (verify, convert, merge, subset, inspect):
+for command in (
+    verify, convert, merge, subset, inspect, serve, tokenize, train, probe, finetune, export
+):  # fmt: skip
     app.command()(command)
-
-
-@app.command()
-def serve(
-    codebook: Annotated[Path, typer.Option(help="What `patchcache fit` wrote.")],
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    device: Device = "auto",
-    weights: Weights = None,
-) -> None:
-    """Tokenise images over HTTP.
-
-    Example: `patchcache serve --codebook codebook.safetensors --port 8000`
-    """
-    from tokenizers_svc import serve as service
-
-    service.run(codebook, host=host, port=port, device=device, weights=weights)
-
-
-app.command()(tokenize)
-
-for training_command in (train, probe, finetune, export):
-    app.command()(training_command)
 
 
 def main() -> None:

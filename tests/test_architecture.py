@@ -26,7 +26,7 @@ def modules_after(statement):
         ("import cache_builder.sources", HEAVY - {"torch"}),
         ("import cache_builder.transform", HEAVY),
         ("import tokenizers_svc.client", HEAVY | {"starlette"}),
-        ("import tokenizers_svc.app", {"ray", "faiss", "trainer", "webdataset", "zarr"}),
+        ("import tokenizers_svc.ray_serve", {"ray", "faiss", "trainer", "webdataset", "zarr"}),
     ],
 )
 def test_import_stays_light(statement, banned):

@@ -8,12 +8,14 @@
     GET  /healthz                       the process answers
     GET  /readyz                        every tokenizer is loaded, warm and at work, and the service
                                         is not leaving
+    GET  /metrics                       what Prometheus asks for
     GET  /version, /docs, /openapi.json
     GET  /, /page/...                   the page for people
 
 The tokenizers are loaded after the application has started, so that probes are answered meanwhile.
 """
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -29,7 +31,10 @@ from tokenizers_svc.access import Access, AccessControl, allow_origins
 from tokenizers_svc.batcher import Tokenizer
 from tokenizers_svc.exchange import answer_nobody
 from tokenizers_svc.limits import Limits
+from tokenizers_svc.logs import log_request
+from tokenizers_svc.metrics import Metrics
 from tokenizers_svc.middleware import CommonHeaders
+from tokenizers_svc.observation import Observation, Observer
 from tokenizers_svc.options import ServiceOptions
 from tokenizers_svc.page import page_router
 from tokenizers_svc.problems import (
@@ -75,15 +80,18 @@ def create_app(
         ConfigError: There is no codebook at all, or no such device.
     """
     options = options or ServiceOptions()
+    metrics = Metrics(lambda: service.state())
+    observers: list[Observer] = [metrics.note_request, log_request]
     registry = Registry(
         name_models(options.codebooks if codebooks is None else codebooks, model),
         device=device or options.device,
         weights=weights or options.weights,
         limits=limits or options.limits,
-        num_cores=_num_cores(),
+        num_cores=options.num_cores or _num_cores(),
+        on_batch=metrics.note_batch,
     )
     access = Access(options.access)
-    service = TokenizeService(registry)
+    service = TokenizeService(registry, metrics)
     app = FastAPI(
         title="patchcache tokenizer",
         description="Pictures in, per-patch token ids out. "
@@ -102,6 +110,7 @@ def create_app(
     )
     app.state.service = service
     app.state.access = access
+    app.state.observers = observers
     app.add_middleware(AccessControl, access=access)
     # Outside of the keys: a browser asks whether it may before it sends one.
     app.add_middleware(allow_origins, origins=options.access.cors_origins)
@@ -110,6 +119,7 @@ def create_app(
         fingerprint=lambda: registry.default.fingerprint,
         is_draining=lambda: service.is_draining,
     )
+    app.add_middleware(Observation, observers=observers)
     routes.add_all(app)
     if options.page:
         app.include_router(page_router(has_docs=options.docs))
@@ -120,9 +130,12 @@ def create_app(
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: TokenizeService = app.state.service
     service.start()
+    app.state.loop = asyncio.get_running_loop()
+    watching = asyncio.create_task(service.metrics.watch_loop())
     try:
         yield
     finally:
+        watching.cancel()
         await service.close()
 
 

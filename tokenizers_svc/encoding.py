@@ -103,14 +103,17 @@ def encode_batch(tokenizer: Tokenizer, views: Tensor, softs: Sequence[SoftSpec |
 
 
 def run_blank(tokenizer: Tokenizer, num_views: int) -> None:
-    """Run the tokenizer on grey pictures.
+    """Run the tokenizer on grey pictures and look at what it says.
 
     Raises:
+        RuntimeError: Its ids are not in the codebook.
         Exception: It fails even on those.
     """
     size = tokenizer.codebook.pixel_rule.size
     views = torch.full((num_views, 3, size, size), 128, dtype=torch.uint8)
-    _harden(tokenizer, views)
+    for found in _harden(tokenizer, views):
+        if not all(0 <= token_id < tokenizer.codebook.vocab_size for token_id in found.ids):
+            raise RuntimeError("the tokenizer gives ids that its codebook does not have")
 
 
 def _in_halves(tokenizer: Tokenizer, views: Tensor, softs: Sequence[SoftSpec | None]) -> Encoded:

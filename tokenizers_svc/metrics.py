@@ -11,7 +11,7 @@ codes of problems; a client cannot add to them.
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,13 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from cache_builder.formats.codebook import Codebook
+from tokenizers_svc.batch_reports import BatchReport
+from tokenizers_svc.health import ModelState, ServiceState
 from tokenizers_svc.observation import CLIENT_CLOSED_REQUEST, RequestRecord
 
 _LATENCIES_S: Final = (
@@ -37,30 +40,6 @@ _BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LAG_PERIOD_S: Final = 0.25
 _REFUSALS_AT_THE_DOOR: Final = {"overloaded", "not-ready", "draining"}
 USAGE_WINDOW: Final = 1000  # pictures
-
-
-class LaneState(NamedTuple):
-    """How one model's worker is now."""
-
-    model: str
-    fingerprint: str
-    extractor: str
-    vocab_size: int
-    device: str
-    is_alive: bool
-    is_ready: bool
-    queue_depth: int
-    running_s: float  # since the batch on the device began, 0 between batches
-
-
-class ServiceState(NamedTuple):
-    """How a service is now."""
-
-    is_ready: bool
-    num_admitted: int
-    kept_bytes: int
-    kept_entries: int
-    lanes: tuple[LaneState, ...]
 
 
 class Metrics:
@@ -107,12 +86,6 @@ class Metrics:
         self._batch_seconds = make.histogram(
             "batch_seconds", "one run of the model", _LATENCIES_S, "model"
         )
-        self._hits = make.counter("cache_hits", "answers that were kept", "model")
-        self._misses = make.counter("cache_misses", "answers that were not kept", "model")
-        self._load_seconds = make.gauge(
-            "model_load_seconds", "loading and warm-up of the model that serves", "model"
-        )
-        self._reloads = make.counter("reloads", "reloads of a codebook", "model", "outcome")
         self._lag = make.histogram("event_loop_lag_seconds", "how late the event loop was", _LAGS_S)
 
     def note_request(self, record: RequestRecord) -> None:
@@ -132,36 +105,24 @@ class Metrics:
         if record.status == CLIENT_CLOSED_REQUEST:
             self._cancelled.labels(model).inc()
 
-    def note_batch(
-        self, model: str, num_pictures: int, seconds: float, token_ids: NDArray[np.integer]
-    ) -> None:
-        """Count a run of the model.
+    def note_batch(self, model: str, report: BatchReport) -> None:
+        """Count a run of the model; called in the thread that ran it."""
+        self._batches.labels(model).observe(report.num_pictures)
+        self._batch_seconds.labels(model).observe(report.infer_s)
+        self._last_batch[model] = time.time()
+
+    def note_ids(self, model: str, codebook: Codebook, token_ids: NDArray[np.integer]) -> None:
+        """Note which part of the codebook a picture used.
 
         Args:
             model: Its name.
-            num_pictures: In the batch, B.
-            seconds: How long it took.
-            token_ids: (B, rows, cols[, M]).
+            codebook: Its own; another one than before begins to be counted afresh.
+            token_ids: Of one picture, (rows, cols[, M]) or flat in that order.
         """
-        self._batches.labels(model).observe(num_pictures)
-        self._batch_seconds.labels(model).observe(seconds)
-        self._last_batch[model] = time.time()
         usage = self._usage.get(model)
-        if usage is not None:
-            usage.add(token_ids)
-
-    def note_kept(self, model: str, *, hit: bool) -> None:
-        """Count a look for a kept answer."""
-        (self._hits if hit else self._misses).labels(model).inc()
-
-    def note_load(self, model: str, seconds: float, *, vocab_size: int, num_stages: int) -> None:
-        """Note that a model serves from now on; its use of the codebook is counted afresh."""
-        self._load_seconds.labels(model).set(seconds)
-        self._usage[model] = CodebookUsage(vocab_size, num_stages)
-
-    def note_reload(self, model: str, *, succeeded: bool) -> None:
-        """Count an attempt to reload a codebook."""
-        self._reloads.labels(model, "done" if succeeded else "failed").inc()
+        if usage is None or usage.codebook is not codebook:
+            usage = self._usage[model] = CodebookUsage(codebook)
+        usage.add(token_ids)
 
     async def watch_loop(self) -> None:
         """Measure for ever how late the event loop wakes; run it as a task."""
@@ -183,14 +144,16 @@ class CodebookUsage:
     A share that falls tells of pictures unlike those of the fit, or of a camera that has died.
     """
 
-    def __init__(self, vocab_size: int, num_stages: int) -> None:
+    def __init__(self, codebook: Codebook) -> None:
         """Begin with nothing seen."""
-        self._last_use = np.full((num_stages, vocab_size), -USAGE_WINDOW - 1, np.int64)
+        self.codebook = codebook
+        shape = (codebook.num_stages, codebook.vocab_size)
+        self._last_use = np.full(shape, -USAGE_WINDOW - 1, np.int64)
         self._num_pictures = 0
 
     def add(self, token_ids: NDArray[np.integer]) -> None:
-        """Note the ids (B, rows, cols[, M]) of a batch; it ages as one."""
-        self._num_pictures += len(token_ids)
+        """Note the ids of a picture, (rows, cols[, M]) or flat in that order."""
+        self._num_pictures += 1
         num_stages = len(self._last_use)
         by_stage = token_ids.reshape(-1, num_stages)
         for stage in range(num_stages):
@@ -234,24 +197,33 @@ class _StateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         state = self._state()
-        lanes = state.lanes
+        models = state.models
         yield _gauge("ready", "1 while clients should be sent here", [((), state.is_ready)])
         yield _gauge(
             "inflight_images", "pictures admitted and not yet answered", [((), state.num_admitted)]
         )
         yield _gauge("cache_bytes", "bytes of kept answers", [((), state.kept_bytes)])
+        yield _counter("cache_hits", "answers that were kept", [((), state.num_hits)])
+        yield _counter("cache_misses", "answers that were not kept", [((), state.num_misses)])
         yield _gauge("cache_entries", "kept answers", [((), state.kept_entries)])
         yield _gauge(
-            "queue_depth", "pictures that no batch has taken", _by_model(lanes, "queue_depth")
+            "queue_depth", "pictures that no batch has taken", _each(models, "num_waiting"), "model"
         )
+        yield _gauge("running_images", "pictures in a batch", _each(models, "num_running"), "model")
         yield _gauge(
-            "lane_alive", "1 while the worker of the model runs", _by_model(lanes, "is_alive")
-        )
+            "worker_alive", "1 while the worker of the model runs", _each(models, "is_alive"),
+            "model",
+        )  # fmt: skip
+        yield _counter(
+            "dropped_images", "pictures dropped while they waited: client gone or too late",
+            _each(models, "num_dropped"), "model",
+        )  # fmt: skip
+        yield _counter(
+            "worker_busy_seconds", "time of the worker's threads in batches",
+            _each(models, "busy_s"), "model",
+        )  # fmt: skip
         yield _gauge(
-            "lane_busy_seconds", "age of the batch on the device", _by_model(lanes, "running_s")
-        )
-        yield _gauge(
-            "lane_last_batch_timestamp_seconds",
+            "worker_last_batch_timestamp_seconds",
             "when the last batch ended, Unix time",
             [((model,), when) for model, when in list(self._last_batch.items())],
             "model",
@@ -267,7 +239,7 @@ class _StateCollector(Collector):
             "1; the labels say what serves",
             [
                 ((x.model, x.fingerprint, x.extractor, str(x.vocab_size), x.device), 1.0)
-                for x in lanes
+                for x in models
             ],
             "model", "fingerprint", "extractor", "vocab_size", "device",
         )  # fmt: skip
@@ -276,13 +248,19 @@ class _StateCollector(Collector):
 Values = list[tuple[tuple[str, ...], float]]
 
 
-def _by_model(lanes: Iterable[LaneState], name: str) -> Values:
-    return [((lane.model,), float(getattr(lane, name))) for lane in lanes]
+def _each(models: Iterable[ModelState], name: str) -> Values:
+    return [((state.model,), float(getattr(state, name))) for state in models]
 
 
 def _gauge(name: str, text: str, values: Values, *labels: str) -> GaugeMetricFamily:
-    labels = labels or (("model",) if values and values[0][0] else ())
     family = GaugeMetricFamily(f"patchcache_{name}", text, labels=labels)
     for labelled, value in values:
         family.add_metric(labelled, float(value))
+    return family
+
+
+def _counter(name: str, text: str, values: Values, *labels: str) -> CounterMetricFamily:
+    family = CounterMetricFamily(f"patchcache_{name}", text, labels=labels)
+    for labelled, value in values:
+        family.add_metric(labelled, value)
     return family

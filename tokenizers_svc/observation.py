@@ -8,6 +8,7 @@ A record holds sizes, names and times, and nothing that a client wrote: no body,
 query, not even the path, only the template of the route that took it.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from typing import Final, Literal, NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenizers_svc.problems import MEDIA_TYPE
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +103,17 @@ class Observation:
             record.received_bytes += len(message.get("body", b""))
             return message
 
+        is_problem = False
+
         async def counted_send(message: Message) -> None:
+            nonlocal is_problem
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                is_problem = (b"content-type", _PROBLEM) in message["headers"]
             else:
                 record.sent_bytes += len(message.get("body", b""))
+                if is_problem:
+                    record.problems.append(json.loads(message["body"])["code"])
             await send(message)
 
         try:
@@ -123,4 +132,5 @@ class Observation:
                 logger.exception("an observer of requests failed")
 
 
-_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+_PROBLEM: Final = MEDIA_TYPE.encode()
+_METHODS: Final = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

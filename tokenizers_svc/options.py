@@ -4,11 +4,12 @@
 environment is read in `serve.py` alone.
 """
 
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from cache_builder.errors import ConfigError
 from tokenizers_svc.access import AccessOptions
@@ -27,6 +28,9 @@ class ServiceOptions(BaseModel, frozen=True, extra="forbid"):
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:N`")
     weights: str | None = Field(
         None, description="weights file of the feature model, if not where the codebook says"
+    )
+    num_cores: int = Field(
+        0, ge=0, description="cores that the process may keep busy; 0: all that it is given"
     )
     limits: Limits = Field(default_factory=Limits)
     access: AccessOptions = Field(default_factory=AccessOptions)
@@ -51,6 +55,30 @@ def name_codebooks(values: Iterable[str | Path]) -> dict[str, str]:
             )
         codebooks[check_name(name)] = path
     return codebooks
+
+
+def read_limits(assignments: Iterable[str]) -> Limits:
+    """Return the defaults with NAME=VALUE pairs put in their places.
+
+    Raises:
+        ConfigError: There is no limit of a name, or a value is not one that it takes.
+    """
+    values: dict[str, str] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--limit takes NAME=VALUE, not {assignment!r}.")
+        if name not in Limits.model_fields:
+            near = difflib.get_close_matches(name, Limits.model_fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "GET /v1/models shows their names."
+            raise ConfigError(f"There is no limit {name!r}; {hint}")
+        values[name] = value
+    try:
+        return Limits.model_validate(values)
+    except ValidationError as exc:
+        error = exc.errors(include_url=False)[0]
+        name = str(error["loc"][0])
+        raise ConfigError(f"--limit {name}={values[name]}: {error['msg']}.") from None
 
 
 def check_name(name: str) -> str:

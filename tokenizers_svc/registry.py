@@ -20,7 +20,7 @@ from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import Codebook
 from cache_builder.tokenizers.features import FeatureExtractor, load_extractor
 from cache_builder.tokenizers.tokenizer import PatchTokenizer, choose_device
-from tokenizers_svc.batcher import Batcher, Crew, Tokenizer
+from tokenizers_svc.batcher import Batcher, BatchReport, Crew, Tokenizer
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.options import check_name
 from tokenizers_svc.problems import ProblemError
@@ -70,11 +70,19 @@ class CodebookFile(NamedTuple):
     etag: str
 
 
+OnBatch = Callable[[str, BatchReport], None]
+
+
 class Served:
     """One model at work."""
 
     def __init__(
-        self, name: str, source: Source, limits: Limits, num_torch_threads: int | None
+        self,
+        name: str,
+        source: Source,
+        limits: Limits,
+        num_torch_threads: int | None,
+        on_batch: OnBatch | None,
     ) -> None:
         """Prepare; `start` begins."""
         self.name = name
@@ -86,6 +94,7 @@ class Served:
             linger_s=limits.linger_s,
             crew=Crew(num_decoders=limits.decode_threads, torch_threads=num_torch_threads),
             name=f"tokenizer {name}",
+            on_batch=partial(on_batch, name) if on_batch else None,
         )
         self.files: dict[str, CodebookFile] = {}  # those that have been asked for
         self._num_users = 0
@@ -146,6 +155,7 @@ class Registry:
         weights: str | None,
         limits: Limits,
         num_cores: int,
+        on_batch: OnBatch | None = None,
     ) -> None:
         """Read the codebooks; the tokenizers are loaded by `start`.
 
@@ -155,6 +165,7 @@ class Registry:
             weights: Weights file of their feature models, if not where the codebook says.
             limits: As asked for; `limits` has them resolved for the device.
             num_cores: Cores of this process.
+            on_batch: Called with a model's name after every batch, in the thread that ran it.
 
         Raises:
             ArtifactError: A codebook is missing or damaged.
@@ -164,6 +175,7 @@ class Registry:
             raise ConfigError("A service needs a codebook. Pass one: --codebook PATH")
         self._extractors = Extractors()
         self._device, self._weights = device, weights
+        self._on_batch = on_batch
         sources = {check_name(name): self.open(codebook) for name, codebook in codebooks.items()}
         on_cpu = all(source.device.type == "cpu" for source in sources.values())
         self.limits = limits.resolved(on_cpu=on_cpu, num_cores=num_cores)
@@ -181,7 +193,7 @@ class Registry:
 
     def prepare(self, name: str, source: Source) -> Served:
         """Return a model that has not started."""
-        return Served(name, source, self.limits, self._num_torch_threads)
+        return Served(name, source, self.limits, self._num_torch_threads, self._on_batch)
 
     def __iter__(self) -> Iterator[Served]:
         """Go through the models, the default one first."""

@@ -1,10 +1,10 @@
-"""What a supervisor asks: is the process alive, should clients come here, which version is it."""
+"""What a supervisor asks: is the process alive, should clients come here, how does it do."""
 
 import platform
 from importlib.metadata import version
 
 import torch
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
 from tokenizers_svc.problems import ProblemError, documented
 from tokenizers_svc.schemas import Health, Version
@@ -12,10 +12,25 @@ from tokenizers_svc.service import TokenizeService, not_ready
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add /healthz, /readyz and /version."""
+    """Add /healthz, /readyz, /metrics and /version."""
     app.add_api_route("/healthz", check_health, tags=["probes"])
     app.add_api_route(
         "/readyz", check_readiness, tags=["probes"], responses=documented("not-ready", "draining")
+    )
+    app.add_api_route(
+        "/metrics",
+        tell_metrics,
+        tags=["probes"],
+        response_class=Response,
+        responses={
+            200: {
+                "description": "for Prometheus: text, or OpenMetrics if it is accepted",
+                "content": {
+                    media_type: {"schema": {"type": "string"}}
+                    for media_type in ("text/plain", "application/openmetrics-text")
+                },
+            }
+        },
     )
     app.add_api_route("/version", tell_version, tags=["probes"])
 
@@ -34,6 +49,13 @@ async def check_readiness(request: Request) -> Health:
     if reason is not None:
         raise not_ready(reason)
     return Health(status="ready")
+
+
+async def tell_metrics(request: Request) -> Response:
+    """Return what the service has counted; docs/service-operations.md lists the names."""
+    service: TokenizeService = request.app.state.service
+    content, media_type = service.metrics.render(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": media_type})
 
 
 async def tell_version() -> Version:

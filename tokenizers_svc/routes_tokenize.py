@@ -29,6 +29,7 @@ from tokenizers_svc.forms import (
 )
 from tokenizers_svc.intake import Upload, check_query, check_total_pixels, parse_view
 from tokenizers_svc.limits import Limits
+from tokenizers_svc.observation import RequestRecord
 from tokenizers_svc.problems import ProblemError, internal_problem
 from tokenizers_svc.registry import Served
 from tokenizers_svc.schemas import FieldError
@@ -86,6 +87,7 @@ async def tokenize(
             read_s = time.perf_counter() - started
             work = service.tokenize(served, picture, soft)
             outcome = await while_connected(request, work)
+    note_outcomes(request, served, read_s, [outcome])
     headers = {
         **timing_headers(read_s, [outcome]),
         "ETag": _etag(served, outcome.key, form),
@@ -115,6 +117,7 @@ async def tokenize_batch(
             place.hold_pictures(len(pictures))
             results = await while_connected(request, _tokenize_all(service, served, pictures))
     outcomes = [result for result in results if isinstance(result, Outcome)]
+    note_outcomes(request, served, read_s, outcomes)
     headers = {**timing_headers(read_s, outcomes), "Vary": "Accept"}
     if on_error == "fail":
         _raise_first(results)
@@ -122,7 +125,7 @@ async def tokenize_batch(
         ids = np.frombuffer(b"".join(outcome.tokens.ids for outcome in outcomes), "<u2")
         return array_response(ids.reshape(-1, *served.shape), form, headers)
     items = [
-        {"index": index, **_item_fields(result, form, request.state.request_id)}
+        {"index": index, **_item_fields(request, result, form)}
         for index, result in enumerate(results)
     ]
     return fields_response({**head_fields(served), "items": items}, form, headers)
@@ -192,13 +195,15 @@ def _raise_first(results: Sequence[Outcome | ProblemError | TokenizerFailedError
 
 
 def _item_fields(
-    result: Outcome | ProblemError | TokenizerFailedError, form: Form, request_id: str
+    request: Request, result: Outcome | ProblemError | TokenizerFailedError, form: Form
 ) -> dict[str, Any]:
     if isinstance(result, Outcome):
         return picture_fields(result.tokens, form)
+    request_id = request.state.request_id
     if isinstance(result, TokenizerFailedError):
         logger.error("a picture of request %s failed", request_id, exc_info=result)
         result = internal_problem()
+    request.state.record.problems.append(result.code)
     return {"error": result.document(request_id).model_dump(mode="json", exclude_none=True)}
 
 
@@ -223,6 +228,25 @@ def _soft(
 def _etag(served: Served, key: Key, form: Form) -> str:
     identity = hashlib.sha256(repr((served.name, key)).encode()).hexdigest()
     return f'"{identity[:32]}-{form}"'
+
+
+def note_outcomes(
+    request: Request, served: Served, read_s: float, outcomes: Sequence[Outcome]
+) -> None:
+    """Note in the record of a request what was answered, and where the time went."""
+    record: RequestRecord = request.state.record
+    record.model, record.num_images = served.name, len(outcomes)
+    ended = time.perf_counter()
+    for outcome in outcomes:
+        timings = outcome.timings
+        if timings is not None:
+            queued = ended - timings.infer_s
+            record.add_stage("decode", timings.decode_s, ended=queued - timings.queue_s)
+            record.add_stage("queue", timings.queue_s, ended=queued)
+            record.add_stage("infer", timings.infer_s, ended=ended)
+    record.add_stage(
+        "read", read_s, ended=min([s.ended - s.seconds for s in record.stages] or [ended])
+    )
 
 
 def timing_headers(read_s: float, outcomes: Sequence[Outcome]) -> dict[str, str]:

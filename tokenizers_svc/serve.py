@@ -7,64 +7,85 @@ the shutdown:
                      everything that was let in is answered, exit code 0
     first SIGINT     the same without the wait: a person is watching
     one more         of either: stop now
+    SIGHUP           keys and codebooks are read again
 
-When the tokenizer cannot be loaded, or dies, the server stops and the reason is raised: a process
-that can only refuse had better be restarted.
+When the tokenizer cannot be loaded, dies or is stuck, the server stops and the reason is raised: a
+process that can only refuse had better be restarted.
 """
 
+import asyncio
+import contextlib
 import logging
 import math
 import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import start_http_server
 
 from cache_builder.errors import ConfigError, PatchCacheError
+from tokenizers_svc.access import check_exposure
 from tokenizers_svc.app import create_app
 from tokenizers_svc.limits import Limits
+from tokenizers_svc.options import ServiceOptions
+from tokenizers_svc.renewal import renew
 from tokenizers_svc.service import TokenizeService
 from tokenizers_svc.signals import Signals, caught_signals, next_signal
+from tokenizers_svc.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
 _KEEP_ALIVE_S = 75  # more than the 60 s after which usual proxies give up idle connections
 _POLL_S = 0.2
+_OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 def run(
-    codebook: str | Path,
+    codebook: str | Path | None = None,
     *,
+    options: ServiceOptions | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    device: str = "auto",
+    device: str | None = None,
     weights: str | None = None,
     limits: Limits | None = None,
+    insecure: bool = False,
+    metrics_port: int | None = None,
+    otlp_endpoint: str | None = None,
 ) -> None:
     """Serve a codebook's tokenizer until SIGTERM or SIGINT. Call it from the main thread.
 
     The URL and a command to try are logged at INFO.
 
     Args:
-        codebook: Path of the codebook.
+        codebook: Path of the codebook; None takes those of the options.
+        options: Everything that is said once for the service.
         host: Address to listen at.
         port: 0 takes a free one; the log says which.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         weights: Weights file of the feature model, if it is not where the codebook says.
         limits: What is accepted; None is the defaults.
+        insecure: Listen where others can reach it although there are no keys.
+        metrics_port: Answer /metrics at this port of 127.0.0.1 too, without a key.
+        otlp_endpoint: Collector of traces; None is what OTEL_EXPORTER_OTLP_ENDPOINT says, or none.
 
     Raises:
         ArtifactError: There is no codebook, or it is damaged.
-        ConfigError: No such device, or the port cannot be listened at.
+        ConfigError: No such device, a port cannot be listened at, strangers could reach a service
+            without keys, or tracing is not installed.
         TokenizerMismatchError: The weights are not those of the codebook.
         RuntimeError: The tokenizer or the HTTP server died.
     """
-    app = create_app(codebook, device=device, weights=weights, limits=limits)
-    run_app(app, host=host, port=port)
+    app = create_app(codebook, device=device, weights=weights, limits=limits, options=options)
+    check_exposure(host, app.state.access, insecure=insecure)
+    with _metrics_at(app, metrics_port), _traced(app, otlp_endpoint):
+        run_app(app, host=host, port=port)
 
 
 def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -73,20 +94,54 @@ def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     listener = listen(host, port)
     server = make_server(app)
     thread = threading.Thread(target=server.run, args=([listener],), name="http", daemon=True)
-    with listener, caught_signals(signal.SIGTERM, signal.SIGINT) as signals:
+    with listener, caught_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         thread.start()
         _announce(service, host, listener.getsockname()[1])
-        was_asked = _wait_for_end(service, thread, signals)
+        was_asked = _wait_for_end(app, thread, signals)
+        is_stuck = service.complaint() is not None
         server.should_exit = True
         while thread.is_alive():
-            if next_signal(signals, _POLL_S) is not None:
+            if next_signal(signals, _POLL_S) in (signal.SIGTERM, signal.SIGINT):
                 server.force_exit = True
-    _raise_failure(service, was_asked=was_asked)
+    if not is_stuck:
+        _raise_failure(service, was_asked=was_asked)
     if service.is_worker_alive:
         logger.warning("the tokenizer is still busy; the process ends without it")
         logging.shutdown()
         # The interpreter cannot end a thread that is deep in native code; trying may abort.
-        os._exit(0)
+        os._exit(1 if is_stuck else 0)
+
+
+@contextlib.contextmanager
+def _metrics_at(app: FastAPI, port: int | None) -> Iterator[None]:
+    """Answer /metrics at a port of its own, from a thread of its own."""
+    if port is None:
+        yield
+        return
+    service: TokenizeService = app.state.service
+    listen("127.0.0.1", port).close()  # for our words about a port that is taken
+    server, thread = start_http_server(port, "127.0.0.1", service.metrics.registry)
+    logger.info("metrics at http://127.0.0.1:%d/metrics", server.server_port)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _traced(app: FastAPI, endpoint: str | None) -> Iterator[None]:
+    """Send spans of the requests, if it is said where to."""
+    if endpoint is None and not any(map(os.environ.get, _OTLP_VARIABLES)):
+        yield
+        return
+    tracer = make_tracer(endpoint)
+    app.state.observers.append(tracer.trace_request)
+    try:
+        yield
+    finally:
+        tracer.close()
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
@@ -108,17 +163,23 @@ def make_server(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def _wait_for_end(service: TokenizeService, thread: threading.Thread, signals: Signals) -> bool:
+def _wait_for_end(app: FastAPI, thread: threading.Thread, signals: Signals) -> bool:
     """Return when the server should stop accepting, and whether a signal asked for it."""
+    service: TokenizeService = app.state.service
     while thread.is_alive() and service.failure is None:
+        complaint = service.complaint()
+        if complaint is not None:
+            logger.error("%s The service ends.", complaint)
+            return False
         number = next_signal(signals, _POLL_S)
-        if number is None:
-            continue
-        service.is_draining = True
-        logger.info("%s: finishing what has begun", signal.Signals(number).name)
-        if number == signal.SIGTERM:
-            next_signal(signals, service.limits.drain_s)
-        return True
+        if number == signal.SIGHUP:
+            asyncio.run_coroutine_threadsafe(renew(app), app.state.loop)
+        elif number is not None:
+            service.is_draining = True
+            logger.info("%s: finishing what has begun", signal.Signals(number).name)
+            if number == signal.SIGTERM:
+                next_signal(signals, service.limits.drain_s)
+            return True
     return False
 
 

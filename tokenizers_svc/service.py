@@ -24,9 +24,11 @@ from cache_builder.formats.payloads import SoftSpec
 from cache_builder.formats.views import View
 from tokenizers_svc.admission import Door, Place
 from tokenizers_svc.batcher import Batcher, SoftIds, WorkerStoppedError
+from tokenizers_svc.health import ServiceState, Watchdog, state_of
 from tokenizers_svc.intake import Upload, make_view
 from tokenizers_svc.kept import KeptAnswers
 from tokenizers_svc.limits import Limits
+from tokenizers_svc.metrics import Metrics
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Registry, Served, failures
 from tokenizers_svc.tokens import ImageFacts, Key, Outcome, Picture, SoftTokens, Timings, Tokens
@@ -40,9 +42,11 @@ T = TypeVar("T")
 class TokenizeService:
     """Models with a door, a decoder and answers that are kept."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, metrics: Metrics) -> None:
         """Prepare; `start` begins. The registry's limits are resolved for this machine."""
         self.registry = registry
+        self.metrics = metrics
+        self._watchdog = Watchdog()
         self.limits: Limits = registry.limits
         self.kept = KeptAnswers(self.limits.kept_bytes)
         self.is_draining = False
@@ -85,10 +89,29 @@ class TokenizeService:
         await self.registry.close()
         await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
 
+    def complaint(self) -> str | None:
+        """Return how a model is stuck, None when none is. To be asked every few seconds."""
+        return self._watchdog.complaint(state_of(served) for served in self.registry)
+
+    def state(self) -> ServiceState:
+        """Return how the service is now."""
+        return ServiceState(
+            is_ready=self.why_not_ready() is None,
+            num_admitted=self.door.num_pictures,
+            kept_bytes=self.kept.num_bytes,
+            kept_entries=len(self.kept),
+            num_hits=self.kept.num_hits,
+            num_misses=self.kept.num_misses,
+            models=tuple(state_of(served) for served in self.registry),
+        )
+
     def why_not_ready(self) -> str | None:
         """Return why no new clients should be sent here, None when they should."""
         if self.is_draining:
             return "The service is shutting down."
+        complaint = self.complaint()
+        if complaint is not None:
+            return complaint
         reasons = (self._why_not_serving(served) for served in self.registry)
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -134,8 +157,9 @@ class TokenizeService:
             found = await served.batcher.tokenize(cut, key.soft)
         except WorkerStoppedError:
             raise not_ready("The tokenizer has stopped.") from None
-        ids = np.array(found.ids, "<u2").tobytes()
-        tokens = Tokens(ids, *facts[0], _soft_tokens(found.soft, key.soft))
+        ids = np.array(found.ids, "<u2")
+        self.metrics.note_ids(served.name, served.codebook, ids)
+        tokens = Tokens(ids.tobytes(), *facts[0], _soft_tokens(found.soft, key.soft))
         timings = Timings(found.decode_s, found.queue_s, found.infer_s, found.batch_size)
         return Outcome(key, tokens, timings)
 

@@ -17,13 +17,20 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 
 from cache_builder.errors import ConfigError
+from tests.tokenizers_svc.support import make_codebook
 from tokenizers_svc import logs, tracing
-from tokenizers_svc.metrics import CodebookUsage, LaneState, Metrics, ServiceState
+from tokenizers_svc.batch_reports import BatchReport
+from tokenizers_svc.health import ModelState, ServiceState, Watchdog
+from tokenizers_svc.metrics import CodebookUsage, Metrics
 from tokenizers_svc.observation import Observation
+from tokenizers_svc.problems import ProblemError, problem_response
 
 KEY = "a-secret-key-of-32-characters-xx"
-LANE = LaneState("tiny", "ab" * 32, "pixel", 16, "cpu", True, True, 3, 0.5)
-STATE = ServiceState(True, 5, 1000, 2, (LANE,))
+MODEL = ModelState(
+    "tiny", "ab" * 32, "pixel", 4, "cpu", True, True,
+    num_waiting=3, num_running=2, num_batches=7, num_dropped=1, busy_s=0.5,
+)  # fmt: skip
+STATE = ServiceState(True, 5, 1000, 2, 8, 9, (MODEL,))
 
 
 def make_app(*observers):
@@ -41,9 +48,8 @@ def make_app(*observers):
         return {"name": name}
 
     @app.get("/readyz")
-    async def refuse(request: Request):
-        request.state.record.problems.append("not-ready")
-        return {}
+    async def refuse():
+        return problem_response(ProblemError("not-ready", "It loads."), "r-2")
 
     @app.get("/broken")
     async def fail():
@@ -108,14 +114,14 @@ def test_a_request_whose_client_left_before_the_answer_is_cancelled():
 
 
 def test_the_state_is_read_when_prometheus_asks():
-    states = [STATE, STATE._replace(is_ready=False, lanes=(LANE._replace(queue_depth=0),))]
+    states = [STATE, STATE._replace(is_ready=False, models=(MODEL._replace(num_waiting=0),))]
     metrics = Metrics(lambda: states[0])
     assert samples(metrics)["patchcache_queue_depth", "tiny"] == 3
     states.pop(0)
     found = samples(metrics)
     assert found["patchcache_queue_depth", "tiny"] == 0
     assert found["patchcache_ready",] == 0
-    assert found["patchcache_model_info", "cpu", "pixel", "ab" * 32, "tiny", "16"] == 1
+    assert found["patchcache_model_info", "cpu", "pixel", "ab" * 32, "tiny", "4"] == 1
 
 
 def test_metrics_come_as_openmetrics_to_those_who_ask_for_it():
@@ -126,33 +132,57 @@ def test_metrics_come_as_openmetrics_to_those_who_ask_for_it():
 
 def test_two_services_in_one_process_count_for_themselves():
     one, two = Metrics(lambda: STATE), Metrics(lambda: STATE)
-    one.note_kept("tiny", hit=True)
-    assert samples(one)["patchcache_cache_hits_total", "tiny"] == 1
-    assert ("patchcache_cache_hits_total", "tiny") not in samples(two)
+    one.note_batch("tiny", BatchReport(3, 0.02, ()))
+    assert samples(one)["patchcache_batch_size_sum", "tiny"] == 3
+    assert ("patchcache_batch_size_sum", "tiny") not in samples(two)
 
 
 def test_the_used_share_of_a_codebook_is_that_of_the_last_thousand_pictures():
-    usage = CodebookUsage(vocab_size=8, num_stages=2)
+    usage = CodebookUsage(make_codebook(num_stages=2))  # K = 16
     assert usage.ratio() == 0
-    both = np.array([[[[0, 1], [1, 1]]]])  # (B, rows, cols, M): 0 and 1 of stage 0, 1 of stage 1
-    usage.add(both)
-    assert usage.ratio() == 3 / 16
-    for _ in range(10):
-        usage.add(np.zeros((99, 1, 1, 2), np.int64))
-    assert usage.ratio() == 4 / 16
-    usage.add(np.zeros((10, 1, 1, 2), np.int64))
-    assert usage.ratio() == 2 / 16
+    usage.add(np.array([0, 1, 1, 1]))  # two patches: 0 and 1 of stage 0, 1 of stage 1
+    assert usage.ratio() == 3 / 32
+    for _ in range(999):
+        usage.add(np.zeros((1, 1, 2), np.int64))
+    assert usage.ratio() == 4 / 32
+    usage.add(np.zeros((1, 1, 2), np.int64))
+    assert usage.ratio() == 2 / 32
 
 
-def test_a_batch_is_counted_with_its_size_and_ids():
-    metrics = Metrics(lambda: STATE)
-    metrics.note_load("tiny", 1.5, vocab_size=4, num_stages=1)
-    metrics.note_batch("tiny", 3, 0.02, np.array([[[0, 1]]] * 3))
-    found = samples(metrics)
-    assert found["patchcache_batch_size_sum", "tiny"] == 3
-    assert found["patchcache_codebook_used_ratio", "tiny"] == 0.5
-    assert found["patchcache_model_load_seconds", "tiny"] == 1.5
-    assert found["patchcache_lane_last_batch_timestamp_seconds", "tiny"] > 1.7e9
+def test_another_codebook_of_the_same_name_is_counted_afresh():
+    metrics, one, two = Metrics(lambda: STATE), make_codebook(), make_codebook()
+    metrics.note_ids("tiny", one, np.arange(8))
+    assert samples(metrics)["patchcache_codebook_used_ratio", "tiny"] == 8 / 16
+    metrics.note_ids("tiny", two, np.arange(2))
+    assert samples(metrics)["patchcache_codebook_used_ratio", "tiny"] == 2 / 16
+
+
+def test_the_watchdog_notices_a_model_that_has_work_and_gets_nothing_done():
+    now = [0.0]
+    watchdog = Watchdog(30, lambda: now[0])
+    steps = [
+        (0, 0, 7, None),  # time, pictures, batches ended so far, complaint
+        (100, 0, 7, None),  # nothing to do
+        (101, 5, 7, None),
+        (130, 5, 7, None),
+        (131, 5, 8, None),  # slow, but it works
+        (160, 5, 8, None),
+        (162, 5, 8, "The model tiny has ended no batch for 31 s while 5 pictures wait for it."),
+    ]
+    for moment, num_waiting, num_batches, complaint in steps:
+        now[0] = moment
+        state = MODEL._replace(num_waiting=num_waiting, num_running=0, num_batches=num_batches)
+        assert watchdog.complaint([state]) == complaint, moment
+
+
+def test_the_watchdog_lets_a_model_take_its_time_to_load():
+    now = [0.0]
+    watchdog = Watchdog(30, lambda: now[0])
+    loading = MODEL._replace(is_ready=False)
+    assert watchdog.complaint([loading]) is None
+    now[0] = 1000
+    assert watchdog.complaint([loading]) is None
+    assert watchdog.complaint([MODEL]) is None
 
 
 def test_a_blocked_event_loop_shows_in_its_lag():

@@ -199,7 +199,7 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do(codebook_path):
 
 def test_a_host_that_is_not_ours_is_one_line(codebook_path):
     with pytest.raises(ConfigError, match=r"Cannot listen at 192\.0\.2\.1 port 0: Cannot assign"):
-        run(codebook_path, host="192.0.2.1", port=0, device="cpu")
+        run(codebook_path, host="192.0.2.1", port=0, device="cpu", insecure=True)
 
 
 def test_a_missing_codebook_is_refused_before_anything_is_served(tmp_path):

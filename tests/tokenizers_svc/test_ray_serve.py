@@ -1,0 +1,252 @@
+"""Replicas on a real Ray of this machine: one command serves for the whole module."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cache_builder.errors import ArtifactError, ConfigError
+from tests.tokenizers_svc.support import (
+    ROOT,
+    check_problem,
+    expected_ids,
+    jpeg,
+    make_client,
+    post,
+    wait_until,
+)
+from tokenizers_svc import ray_serve
+from tokenizers_svc.options import ServiceOptions
+
+START_S = 240  # Ray starts five processes of Python, one after the other
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Service:
+    """`patchcache serve --ray`, its log and its replicas."""
+
+    def __init__(self, codebook, directory):
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = directory / "log"
+        words = [
+            "--codebook",
+            codebook,
+            "--port",
+            port,
+            "--replicas",
+            2,
+            "--cpus-per-replica",
+            0.5,
+            "--limit",
+            "drain_s=0.5",
+        ]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cache_builder", "serve", "--ray", *map(str, words)],
+                cwd=ROOT, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def replicas(self):
+        """Process ids of the replicas."""
+        parents, replicas = {}, []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                pid, name = int(directory.name), (directory / "cmdline").read_bytes()
+                parents[pid] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has just ended
+            if name.startswith(b"ray::ServeReplica"):
+                replicas.append(pid)
+        return {pid for pid in replicas if self._is_below(pid, parents)}
+
+    def _is_below(self, pid, parents):
+        while pid in parents:
+            pid = parents[pid]
+            if pid == self.process.pid:
+                return True
+        return False
+
+
+@pytest.fixture(scope="module")
+def service(codebook_path, tmp_path_factory):
+    service = Service(codebook_path, tmp_path_factory.mktemp("ray"))
+    try:
+        wait_until(
+            lambda: service.process.poll() is not None or "try: curl" in service.log.read_text(),
+            START_S,
+        )
+        assert service.process.poll() is None, service.log.read_text()
+        yield service
+    finally:
+        service.process.terminate()
+        service.process.wait(60)
+
+
+class Crowd:
+    """Clients that ask again and again, each on one connection; notes every outcome."""
+
+    def __init__(self, url, num_clients=4):
+        self.outcomes = []
+        self._stop = threading.Event()
+        self._url, self._pool = url, ThreadPoolExecutor(num_clients)
+        self._asking = [self._pool.submit(self._ask, seed) for seed in range(num_clients)]
+
+    def _ask(self, seed):
+        with make_client(self._url) as client:
+            number = 0
+            while not self._stop.is_set():
+                body = jpeg(seed=1000 * seed + number)  # a new one: nothing is kept of it
+                number += 1
+                try:
+                    answer = post(client, body)
+                except httpx.ConnectError:
+                    self.outcomes.append("refused")
+                    return
+                is_right = answer.status_code == 200 and answer.json()["token_ids"] == expected_ids(
+                    body
+                )
+                self.outcomes.append("right" if is_right else answer)
+
+    def leave(self):
+        self._stop.set()
+        for asking in self._asking:
+            asking.result()
+        self._pool.shutdown()
+
+
+def answer_of_the_proxy(*messages):
+    """What a client gets when Ray's proxy says this by itself."""
+
+    async def proxy(scope, receive, send):
+        for message in messages:
+            await send(message)
+
+    transport = httpx.ASGITransport(ray_serve.ProxyProblems(proxy))
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/v1/models")
+
+    return asyncio.run(ask())
+
+
+def start(status, **headers):
+    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http.response.start", "status": status, "headers": pairs}
+
+
+BODY = {"type": "http.response.body", "body": b"text"}
+
+
+def test_what_the_proxy_of_ray_refuses_is_a_problem_like_ours():
+    full = answer_of_the_proxy(start(429, retry_after="3", x_request_id="r-1"), BODY)
+    check_problem(full, 429, "overloaded")
+    assert full.headers["retry-after"] == "3"
+    assert full.headers["x-request-id"] == "r-1"
+    for status in (404, 503):
+        check_problem(answer_of_the_proxy(start(status), BODY), 503, "not-ready")
+    check_problem(answer_of_the_proxy(start(408), BODY), 504, "deadline")
+
+
+def test_a_request_whose_replica_died_may_be_asked_again():
+    died = answer_of_the_proxy()
+    check_problem(died, 503, "not-ready")
+    assert died.headers["retry-after"] == "1"
+
+
+def test_what_a_replica_says_passes_with_one_request_id():
+    ours = start(404, x_content_type_options="nosniff", x_request_id="a", X_Request_Id="a")
+    answer = answer_of_the_proxy(ours, BODY)
+    assert (answer.status_code, answer.text) == (404, "text")
+    assert answer.headers.get_list("x-request-id") == ["a"]
+
+
+def options_of(path):
+    return ServiceOptions(codebooks={"tiny": str(path)}, device="cpu")
+
+
+def test_mistakes_are_told_before_ray_starts(codebook_path, tmp_path):
+    alone = ray_serve.ReplicaOptions()
+    with pytest.raises(ArtifactError, match="There is no codebook at"):
+        ray_serve.run(options_of(tmp_path / "none"), alone, port=free_port())
+    with pytest.raises(ConfigError, match="pass --port with a free one"):
+        ray_serve.run(options_of(codebook_path), alone, port=0)
+    with pytest.raises(ConfigError, match="--max-replicas 2 is less than the 3"):
+        wanted = ray_serve.ReplicaOptions(num_replicas=3, max_replicas=2)
+        ray_serve.run(options_of(codebook_path), wanted, port=free_port())
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConfigError, match="Address already in use"),
+    ):
+        ray_serve.run(options_of(codebook_path), alone, port=taken.getsockname()[1])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_replicas_answer(service):
+    body, births = jpeg(), set()
+
+    def saw_both():
+        with make_client(service.url) as client:
+            text = client.get("/metrics").text
+            births.add(re.search(r"^process_start_time_seconds (.*)$", text, re.MULTILINE)[1])
+        return len(births) == 2
+
+    with make_client(service.url) as client:
+        answer = post(client, body, headers={"X-Request-Id": "mine"})
+        assert answer.json()["token_ids"] == expected_ids(body)
+        assert answer.headers.get_list("x-request-id") == ["mine"]
+        check_problem(post(client, b"no picture"), 415, "not-an-image")
+        assert client.get("/readyz").json() == {"status": "ready"}
+    assert len(service.replicas()) == 2
+    wait_until(saw_both)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_replica_is_replaced_and_hurts_nobody_but_its_own_requests(service):
+    before = service.replicas()
+    victim = min(before)
+    crowd = Crowd(service.url)
+    wait_until(lambda: len(crowd.outcomes) > 20)
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: len(service.replicas() - {victim}) == 2, START_S)
+    num_before = len(crowd.outcomes)
+    wait_until(lambda: len(crowd.outcomes) > num_before + 20)
+    crowd.leave()
+    hurt = [outcome for outcome in crowd.outcomes if outcome != "right"]
+    assert len(hurt) <= 4, hurt  # each client had one request on the way
+    for answer in hurt:
+        check_problem(answer, 503, "not-ready")
+        assert answer.headers["retry-after"] == "1"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_loses_nothing_and_exits_with_0(service):
+    crowd = Crowd(service.url)
+    wait_until(lambda: len(crowd.outcomes) > 20)
+    service.process.send_signal(signal.SIGTERM)
+    with make_client(service.url) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 503, 60)
+    assert service.process.wait(120) == 0
+    crowd.leave()
+    assert "right" in crowd.outcomes
+    for outcome in crowd.outcomes:
+        if outcome not in ("right", "refused"):
+            check_problem(outcome, 503, "not-ready")
+    assert "SIGTERM: finishing what has begun" in service.log.read_text()

@@ -1,0 +1,372 @@
+"""The same application in many replicas on a Ray cluster: the only `import ray` of this package.
+
+Ray Serve is the supervisor and the way in; each replica is the whole service of `create_app` with
+its own device, door and batcher, so batches and refusals are those of one process. Ray's own
+batching is not used. Its limits are set so that ours speak first; what its proxy says by itself,
+when all replicas are full or none is there, gets the form of our problems.
+
+    SIGTERM    replicas are not ready and still serve for `drain_s`; then no new requests, all that
+               was let in is answered, exit code 0
+    SIGHUP     every replica reads its keys and codebooks again
+
+Codebooks and keys are read by the replicas: the files must lie where each node finds them.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cache_builder.errors import ConfigError, MissingDependencyError, WorkerLostError
+from cache_builder.formats.codebook import Codebook
+from cache_builder.ray_cluster import Cluster, ClusterOptions, connect
+from tokenizers_svc import logs
+from tokenizers_svc.access import Access, check_exposure
+from tokenizers_svc.app import create_app
+from tokenizers_svc.limits import Limits
+from tokenizers_svc.options import ServiceOptions
+from tokenizers_svc.problems import ProblemError, problem_response
+from tokenizers_svc.renewal import renew
+from tokenizers_svc.serve import listen
+from tokenizers_svc.service import TokenizeService
+from tokenizers_svc.signals import Signals, caught_signals, next_signal
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+
+logger = logging.getLogger(__name__)
+
+_APP: Final = "patchcache"
+_PROXY_CALLBACK: Final = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+_ORDERS: Final = "orders"
+_POLL_S: Final = 0.5
+_OBEY_S: Final = 0.5  # between two looks of a replica for orders
+_HEALTH_PERIOD_S: Final = 5.0
+_WARM_UP_POLL_S: Final = 0.05
+_HEADROOM: Final = 16  # probes, metrics and looks at models, beside the pictures
+# What the proxy says by itself, in words of ours.
+_NOBODY: Final = ("not-ready", "No replica serves here now: the service starts or has stopped.")
+_PROXY_PROBLEMS: Final = {
+    404: _NOBODY,
+    408: ("deadline", "No replica answered in time."),
+    429: ("overloaded", "All replicas are full. Ask again."),
+    503: _NOBODY,
+}
+_DIED: Final = ("not-ready", "The replica that had this request has died. Ask again.")
+
+
+class ReplicaOptions(NamedTuple):
+    """How many replicas, where, and what each of them holds."""
+
+    address: str | None = None  # of a cluster; None: one of this machine alone
+    num_replicas: int = 1
+    max_replicas: int | None = None  # above `num_replicas`, then the least: as many as are needed
+    gpus_per_replica: float = 0  # below 1: several replicas share a GPU
+    cpus_per_replica: float = 1
+
+
+def run(
+    options: ServiceOptions,
+    replicas: ReplicaOptions,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    insecure: bool = False,
+) -> None:
+    """Serve on Ray until SIGTERM or SIGINT. Call it from the main thread.
+
+    Args:
+        options: Of every replica.
+        replicas: How many, and what each of them holds.
+        host: Address that the proxy of each node listens at.
+        port: Its port.
+        insecure: Listen where others can reach it although there are no keys.
+
+    Raises:
+        ArtifactError: There is no codebook, or it is damaged.
+        ConfigError: The options make no sense, or the port cannot be listened at.
+        MissingDependencyError: Ray Serve is not installed.
+        WorkerLostError: No replica could start, or Ray gave up on them.
+    """
+    _check(replicas, port)
+    check_exposure(host, Access(options.access), insecure=insecure)
+    for path in options.codebooks.values():
+        Codebook.load(path)  # the user's mistakes are told here, not in the log of a replica
+    listen(host, port).close()  # a port that is taken would be told in a log of Ray alone
+    serve = _import_serve()
+    environment = {_PROXY_CALLBACK: f"{__name__}.{proxy_middleware.__name__}"}
+    where = ClusterOptions(
+        replicas.address, None, replicas.gpus_per_replica, replicas.cpus_per_replica
+    )
+    with (
+        connect(where, env_vars=environment, packages=[Path(__file__).parent]) as cluster,
+        caught_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
+    ):
+        serve.start(
+            proxy_location="HeadOnly" if replicas.address is None else "EveryNode",
+            http_options={"host": host, "port": port, "keep_alive_timeout_s": 75},
+        )
+        try:
+            _supervise(cluster, serve, options, replicas, signals, f"http://{host}:{port}")
+        finally:
+            serve.shutdown()
+
+
+def _supervise(
+    cluster: Cluster,
+    serve: Any,
+    options: ServiceOptions,
+    replicas: ReplicaOptions,
+    signals: Signals,
+    url: str,
+) -> None:
+    """Deploy, obey signals, and come back when all that was let in is answered."""
+    actor = cluster.ray.remote(Orders).options(name=_ORDERS, namespace=_APP, num_cpus=0).remote()
+    deployment = _deployment(serve, options, replicas)
+    target = serve.RunTarget(deployment.bind(), name=_APP, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+    is_announced = False
+    while (number := next_signal(signals, _POLL_S)) in (None, signal.SIGHUP):
+        if number == signal.SIGHUP:
+            logger.info("SIGHUP: every replica reads its keys and codebooks again")
+            cluster.ray.get(actor.reload.remote())
+        status = serve.status().applications[_APP]
+        if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise WorkerLostError(f"The replicas do not serve. {_reason(status)}")
+        if status.status == "RUNNING" and not is_announced:
+            is_announced = True
+            logger.info("serving %s on Ray at %s", ", ".join(options.codebooks), url)
+            logger.info("try: curl --data-binary @photo.jpg %s/v1/tokenize", url)
+    logger.info("%s: finishing what has begun", signal.Signals(number).name)
+    if number == signal.SIGTERM:
+        cluster.ray.get(actor.drain.remote())
+        next_signal(signals, _OBEY_S + options.limits.drain_s)
+    serve.delete(_APP)
+
+
+class Orders:
+    """An actor that the replicas ask for what they should do; the driver gives the orders."""
+
+    def __init__(self) -> None:
+        """Give none."""
+        self._is_draining = False
+        self._num_reloads = 0
+
+    def drain(self) -> None:
+        """Let replicas be not ready."""
+        self._is_draining = True
+
+    def reload(self) -> None:
+        """Let replicas read their files again."""
+        self._num_reloads += 1
+
+    def current(self) -> tuple[bool, int]:
+        """Return whether to be draining, and how often there was something to read again."""
+        return self._is_draining, self._num_reloads
+
+
+def _deployment(serve: Any, options: ServiceOptions, replicas: ReplicaOptions) -> Any:
+    """Return what Ray Serve runs: limits, health and numbers of replicas."""
+    limits = _resolved(options.limits, replicas)
+    settings: dict[str, Any] = {
+        "name": "tokenizer",
+        # Ours refuse first, with the reason; the default of 5 would starve every batch.
+        "max_ongoing_requests": limits.max_queue + 2 * limits.max_batch + _HEADROOM,
+        "max_queued_requests": limits.max_queue,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+        "graceful_shutdown_timeout_s": limits.request_deadline_s + 5,
+        "graceful_shutdown_wait_loop_s": _POLL_S,
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "ray_actor_options": {
+            "num_cpus": replicas.cpus_per_replica,
+            "num_gpus": replicas.gpus_per_replica,
+        },
+    }
+    if replicas.max_replicas is None:
+        settings["num_replicas"] = replicas.num_replicas
+    else:
+        settings["autoscaling_config"] = {
+            "min_replicas": replicas.num_replicas,
+            "max_replicas": replicas.max_replicas,
+            # A batch on the device and one that gathers.
+            "target_ongoing_requests": 2 * limits.max_batch,
+        }
+    ingress = serve.ingress(
+        _builder(options.model_copy(update={"num_cores": _num_cores(replicas)}))
+    )(Replica)
+    return serve.deployment(**settings)(ingress)
+
+
+def _builder(options: ServiceOptions) -> Callable[[], "FastAPI"]:
+    """Return what makes the application inside a replica."""
+
+    def build() -> "FastAPI":
+        logs.configure("json")
+        app = create_app(options=options)
+        app.router.lifespan_context = _until_warm(app.router.lifespan_context)
+        return app
+
+    return build
+
+
+def _until_warm(lifespan: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a lifespan that begins when the models are warm: Ray sends requests from then on."""
+
+    @contextlib.asynccontextmanager
+    async def until_warm(app: "FastAPI") -> AsyncIterator[Any]:
+        async with lifespan(app) as state:
+            service = app.state.service
+            while service.why_not_ready() is not None:
+                if service.failure is not None:
+                    raise service.failure
+                await asyncio.sleep(_WARM_UP_POLL_S)
+            obeying = asyncio.create_task(_obey(app))
+            try:
+                yield state
+            finally:
+                obeying.cancel()
+
+    return until_warm
+
+
+async def _obey(app: "FastAPI") -> None:
+    """Do for ever what the driver orders; return when the driver has gone."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayActorError, ValueError):  # no such actor
+        orders = ray.get_actor(_ORDERS, namespace=_APP)
+        _, num_done = await orders.current.remote()
+        while True:
+            app.state.service.is_draining, num_reloads = await orders.current.remote()
+            if num_reloads > num_done:
+                num_done = num_reloads
+                await renew(app)
+            await asyncio.sleep(_OBEY_S)
+
+
+class Replica:
+    """What Ray Serve asks of a replica beside HTTP; `app` comes with `serve.ingress`."""
+
+    app: "FastAPI"
+
+    async def check_health(self) -> None:
+        """Raise when this replica should be replaced."""
+        service: TokenizeService = self.app.state.service
+        if service.failure is not None:
+            raise service.failure
+        complaint = service.complaint()
+        if complaint is not None:
+            raise WorkerLostError(complaint)
+
+
+class ProxyProblems:
+    """ASGI middleware of Ray's proxy: what it says by itself becomes a problem of ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap the proxy."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):
+            await self._app(scope, receive, send)
+            return
+        has_started = is_replaced = False
+
+        async def replace(message: Message) -> None:
+            nonlocal has_started, is_replaced
+            if message["type"] == "http.response.start":
+                has_started = True
+                is_replaced = is_of_the_proxy(message)
+                if is_replaced:
+                    answer = _problem(*_PROXY_PROBLEMS[message["status"]], message["headers"])
+                    await answer(scope, receive, send)
+                else:
+                    _say_request_id_once(message)
+            if not is_replaced:
+                await send(message)
+
+        await self._app(scope, receive, replace)
+        if not has_started:
+            # Ray answers nothing; to ask again is safe, because equal pictures get equal ids.
+            await _problem(*_DIED, ())(scope, receive, send)
+
+
+def is_of_the_proxy(start: Message) -> bool:
+    """Whether an answer comes from the proxy; those of replicas carry our headers."""
+    headers = Headers(raw=start["headers"])
+    return start["status"] in _PROXY_PROBLEMS and "x-content-type-options" not in headers
+
+
+def _say_request_id_once(start: Message) -> None:
+    """Drop the request id of the proxy where the replica has said it."""
+    ids = [pair for pair in start["headers"] if bytes(pair[0]).lower() == b"x-request-id"]
+    for pair in ids[1:]:
+        start["headers"].remove(pair)
+
+
+def proxy_middleware() -> "list[Middleware]":
+    """Return what Ray puts around its proxy; named in the environment of the cluster."""
+    from starlette.middleware import Middleware
+
+    return [Middleware(ProxyProblems)]
+
+
+def _problem(code: str, detail: str, headers: Iterable[tuple[bytes, bytes]]) -> Response:
+    """Return a problem with the request id that the proxy gave."""
+    known = Headers(raw=list(headers))
+    error = ProblemError(code, detail, headers={"Retry-After": known.get("retry-after", "1")})
+    request_id = known.get("x-request-id") or uuid.uuid4().hex
+    response = problem_response(error, request_id)
+    response.headers["X-Request-Id"] = request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def _check(replicas: ReplicaOptions, port: int) -> None:
+    least, most = replicas.num_replicas, replicas.max_replicas
+    if most is not None and most < max(least, 1):
+        raise ConfigError(
+            f"--max-replicas {most} is less than the {max(least, 1)} replicas that there are at "
+            "least. Pass a larger one."
+        )
+    if port == 0:
+        raise ConfigError("On Ray the port is chosen by you: pass --port with a free one.")
+
+
+def _resolved(limits: Limits, replicas: ReplicaOptions) -> Limits:
+    """Return the limits as a replica resolves them."""
+    return limits.resolved(on_cpu=not replicas.gpus_per_replica, num_cores=_num_cores(replicas))
+
+
+def _num_cores(replicas: ReplicaOptions) -> int:
+    """Return how many cores a replica may keep busy."""
+    return max(1, int(replicas.cpus_per_replica))
+
+
+def _reason(status: Any) -> str:
+    """Return why Ray Serve gave up: the last line of what it says about each deployment."""
+    messages = [status.message, *(x.message for x in status.deployments.values())]
+    lines = [message.strip().splitlines()[-1] for message in messages if message.strip()]
+    return " ".join(lines) or "The logs of Ray say why."
+
+
+def _import_serve() -> Any:
+    try:
+        from ray import serve
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "--ray needs Ray Serve, which is not installed. "
+            "Run: pip install 'patchcache[serve-ray]'"
+        ) from exc
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return serve

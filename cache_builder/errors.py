@@ -15,6 +15,8 @@
     +-- CacheInUseError          another driver writes the same cache: wait for it
     +-- NotFiniteError           training diverged: the message names the batch
 
+`tokenizers_svc.client.errors` adds those that only a client of the service meets.
+
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 

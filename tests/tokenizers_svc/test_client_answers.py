@@ -40,7 +40,7 @@ def test_tokens_are_the_same_from_json_and_from_msgpack():
 
 
 def test_soft_targets_and_residual_ids_have_their_axes():
-    soft = {"k": 2, "ids": as_bytes(range(4)), "probabilities": as_bytes([0.5] * 4, "<f4")}
+    soft = {"k": 2, "ids": as_bytes(range(4)), "probabilities": as_bytes([0.5] * 4, "<f2")}
     fields = moody.tokens() | {"shape": [2, 1, 2], "soft": soft}
     for tokens in (
         answers.read_tokens(packed(fields)),

@@ -27,7 +27,7 @@ NPY: Final = "application/x-npy"
 TOKENS: Final = f"{MSGPACK}, application/json;q=0.5"
 
 _ID_TYPE: Final = np.dtype("<u2")
-_PROBABILITY_TYPE: Final = np.dtype("<f4")
+_PROBABILITY_TYPE: Final = np.dtype("<f2")
 # What reading a body that may hold anything can raise; a ValidationError is a ValueError.
 _BROKEN: Final = (
     LookupError, TypeError, ValueError, AttributeError, EOFError, OSError, OverflowError,
@@ -42,7 +42,7 @@ class SoftTokens:
     """The nearest centroids of every patch, nearest first."""
 
     ids: NDArray[np.uint16]  # (rows, cols, k)
-    probabilities: NDArray[np.float32]  # (rows, cols, k)
+    probabilities: NDArray[np.float16]  # (rows, cols, k)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ KINDS: Final = {
     "model-not-found": (404, "There is no such model"),
     "method-not-allowed": (405, "This path has other methods"),
     "not-acceptable": (406, "The answer has no form that is accepted"),
+    "header-timeout": (408, "The head of the request did not arrive in time"),
     "body-timeout": (408, "The body did not arrive in time"),
     "body-too-large": (413, "The body is too large"),
     "image-too-large": (413, "The picture is too large"),
@@ -39,8 +40,10 @@ KINDS: Final = {
     "no-soft-targets": (422, "This model has no such soft targets"),
     "reload-failed": (422, "The model was not loaded again; the old one serves"),
     "overloaded": (429, "Too many pictures at once"),
+    "header-too-large": (431, "The head of the request is too long"),
     "internal": (500, "The service failed"),
     "not-ready": (503, "The service is not ready"),
+    "too-many-connections": (503, "Every connection is at work"),
     "draining": (503, "The service is shutting down"),
     "deadline": (504, "The answer did not come in time"),
 }

@@ -31,6 +31,7 @@ from prometheus_client import start_http_server
 from cache_builder.errors import ConfigError, PatchCacheError
 from tokenizers_svc.access import check_exposure
 from tokenizers_svc.app import create_app
+from tokenizers_svc.connections import bounded_config
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.options import ServiceOptions
 from tokenizers_svc.renewal import renew
@@ -41,7 +42,6 @@ from tokenizers_svc.tracing import make_tracer
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
-_KEEP_ALIVE_S = 75  # more than the 60 s after which usual proxies give up idle connections
 _POLL_S = 0.2
 _OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
@@ -147,17 +147,10 @@ def _traced(app: FastAPI, endpoint: str | None) -> Iterator[None]:
 def make_server(app: FastAPI) -> uvicorn.Server:
     """Return the HTTP server of an application of `create_app`."""
     service: TokenizeService = app.state.service
-    config = uvicorn.Config(
+    config = bounded_config(
         app,
+        service.limits,
         lifespan="on",
-        # httptools, the default, takes headers of any length, and one of 200 MB holds up the event
-        # loop for a minute. h11 refuses more than 64 KiB; it costs 0.1 ms more per request.
-        http="h11",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(service.limits.request_deadline_s) + 1,
     )
     return uvicorn.Server(config)

@@ -26,7 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from tokenizers_svc import routes
+from tokenizers_svc import openapi, routes
 from tokenizers_svc.access import Access, AccessControl, allow_origins
 from tokenizers_svc.batcher import Tokenizer
 from tokenizers_svc.exchange import answer_nobody
@@ -123,6 +123,7 @@ def create_app(
     routes.add_all(app)
     if options.page:
         app.include_router(page_router(has_docs=options.docs))
+    openapi.complete(app)
     return app
 
 

@@ -7,7 +7,8 @@ never fetched.
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgpack
@@ -129,7 +130,8 @@ async def read_picture(request: Request, upload: Upload, limits: Limits) -> Pict
     if kind == "raw":
         return Picture(await upload.read(), view)
     if kind == "multipart":
-        picture = _picture_of_form(await read_form(request, upload, 1, 1))
+        async with open_form(request, upload, max_files=1) as form:
+            picture = _picture_of_form(form)
     else:
         fields = parse_fields(kind, await upload.read(), _VALUES_PER_PICTURE)
         picture = _picture(_validated(PictureBody, fields), limits, "")
@@ -152,20 +154,22 @@ async def read_pictures(request: Request, upload: Upload, limits: Limits) -> lis
             "`items`.",
         )
     if kind == "multipart":
-        pictures = _pictures_of_form(await read_form(request, upload, limits.max_items, 1), limits)
+        async with open_form(request, upload, max_files=limits.max_items) as form:
+            pictures = _pictures_of_form(form, limits)
     else:
         max_values = _VALUES_PER_PICTURE * (limits.max_items + 1)
-        fields = parse_fields(kind, await upload.read(), max_values, _too_many(limits.max_items))
+        fields = parse_fields(kind, await upload.read(), max_values, too_many(limits.max_items))
         items = fields.get("items")
         if isinstance(items, list) and len(items) > limits.max_items:
-            raise _too_many(limits.max_items, len(items))
+            raise too_many(limits.max_items, len(items))
         body = _validated(BatchBody, fields)
         pictures = [_picture(item, limits, f"/items/{i}") for i, item in enumerate(body.items)]
     return pictures
 
 
-async def read_form(request: Request, upload: Upload, max_files: int, max_fields: int) -> FormData:
-    """Return a multipart form whose files lie in memory.
+@contextlib.asynccontextmanager
+async def open_form(request: Request, upload: Upload, *, max_files: int) -> AsyncIterator[FormData]:
+    """Read a multipart form of at most one field beside its files, which lie in memory.
 
     Raises:
         ProblemError: 400, 408 or 413.
@@ -174,20 +178,24 @@ async def read_form(request: Request, upload: Upload, max_files: int, max_fields
         request.headers,
         upload.chunks(),
         max_files=max_files,
-        max_fields=max_fields,
+        max_fields=1,
         max_part_size=_MAX_FIELD_BYTES,
     )
     # The length of the whole body is limited already; nothing is written to a disk.
     parser.spool_max_size = 0
     try:
         async with upload.in_time():
-            return await parser.parse()
+            form = await parser.parse()
     except MultiPartException as exc:
         if exc.message.startswith("Too many files"):
-            raise _too_many(max_files) from None
+            raise too_many(max_files) from None
         raise ProblemError(
             "bad-request", "The body is not a well-formed multipart form of this path."
         ) from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def parse_fields(
@@ -344,8 +352,7 @@ def _views_of_form(form: FormData, num_files: int) -> list[View | None]:
 
 
 def _content(file: UploadFile) -> bytes:
-    with file.file:
-        return file.file.read()
+    return file.file.read()
 
 
 def _file_too_large(limits: Limits, num_bytes: int) -> ProblemError:
@@ -357,7 +364,8 @@ def _file_too_large(limits: Limits, num_bytes: int) -> ProblemError:
     )
 
 
-def _too_many(most: int, actual: int | None = None) -> ProblemError:
+def too_many(most: int, actual: int | None = None) -> ProblemError:
+    """Return the refusal of more pictures than one request may have."""
     return ProblemError(
         "batch-too-large",
         f"A request of this path has at most {most} pictures. Send the others in another one.",

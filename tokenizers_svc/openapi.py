@@ -5,16 +5,25 @@ The schemas of JSON bodies are those that check them. Msgpack has the same field
 
 from typing import Any, Final
 
+from fastapi import FastAPI
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from tokenizers_svc.bodies import BatchBody, PictureBody
 from tokenizers_svc.forms import JSON, MSGPACK, NPY, RAW
+from tokenizers_svc.schemas import Problem
 
 _PNG: Final = (  # 2 x 2 pixels, red
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGM8ISfHwMDAxMDAwMDAAAANBAEIfXHKZgAAAABJRU5ErkJggg=="
 )
+_REFS: Final = "#/components/schemas/{model}"
 _FINGERPRINT: Final = "3f1c0b7d2a6e48f9b05c91d7e2aa64138c0d5e9f7b1a24c6830f9d5be17a6c42"
 _FILE: Final = {"type": "string", "format": "binary"}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$ref": _REFS.format(model=model.__name__)}
+
 
 BINARY: Final[dict[str, Any]] = {"schema": _FILE}
 
@@ -63,7 +72,7 @@ PICTURE_BODY: Final[dict[str, Any]] = {
                 }
             },
             JSON: {
-                "schema": PictureBody.model_json_schema(),
+                "schema": _ref(PictureBody),
                 "example": {"image": {"b64": _PNG}, "view": [0, 0, 2, 2]},
             },
             MSGPACK: BINARY,
@@ -91,7 +100,7 @@ BATCH_BODY: Final[dict[str, Any]] = {
                 }
             },
             JSON: {
-                "schema": BatchBody.model_json_schema(),
+                "schema": _ref(BatchBody),
                 "example": {
                     "items": [
                         {"image": {"b64": _PNG}},
@@ -105,6 +114,37 @@ BATCH_BODY: Final[dict[str, Any]] = {
 }
 
 
+TOKENS_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "description": "token ids of one picture, flat or nested as the model's shape is, or a "
+        "list of several; as npy or as bare little-endian uint16 too",
+        "content": {
+            JSON: {
+                "schema": {
+                    "type": "object",
+                    "properties": {"token_ids": {"type": "array", "minItems": 1}},
+                    "required": ["token_ids"],
+                    "additionalProperties": False,
+                },
+                "example": {"token_ids": [17, 4093, 4093, 8120]},
+            },
+            NPY: BINARY,
+            RAW: BINARY,
+            MSGPACK: BINARY,
+        },
+    }
+}
+NOT_MODIFIED: Final = {"description": "The client has this already"}
+
+
+def file_answer(media_type: str) -> dict[str, Any]:
+    """Return the entry of an answer that is a file."""
+    return {"description": "the file, or the range that was asked for", "content": {
+        media_type: BINARY,
+    }}  # fmt: skip
+
+
 def tokens_answer(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
     """Return the entry of an answer in all four forms."""
     return {
@@ -114,3 +154,30 @@ def tokens_answer(model: type[BaseModel], example: dict[str, Any]) -> dict[str, 
         "bytes",
         "content": {JSON: {"example": example}, NPY: BINARY, RAW: BINARY, MSGPACK: BINARY},
     }
+
+
+def complete(app: FastAPI) -> None:
+    """Let the application describe itself with the schemas of bodies, which FastAPI never sees.
+
+    FastAPI's own 422 is left out: a bad query is a 400 here.
+    """
+    describe = app.openapi
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in (PictureBody, BatchBody, Problem)], ref_template=_REFS
+    )
+
+    def described() -> dict[str, Any]:
+        document = describe()
+        schemas = document["components"]["schemas"]
+        if "HTTPValidationError" not in schemas:
+            return document  # that of the first call
+        del schemas["HTTPValidationError"], schemas["ValidationError"]
+        schemas.update(definitions["$defs"])
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                refusal = operation["responses"].get("422", {}).get("content", {})
+                if JSON in refusal:
+                    del operation["responses"]["422"]
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]

@@ -144,7 +144,7 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI entries of the problems that a route answers with."""
-    schema = Problem.model_json_schema()
+    schema = {"$ref": "#/components/schemas/Problem"}
     responses: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         status, title = KINDS[code]

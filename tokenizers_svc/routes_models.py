@@ -9,7 +9,7 @@ from tokenizers_svc.conditional import content_response
 from tokenizers_svc.intake import check_query
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Served
-from tokenizers_svc.schemas import ModelInfo, ModelList
+from tokenizers_svc.schemas import ModelInfo, ModelList, ReloadAnswer
 from tokenizers_svc.service import TokenizeService, begin
 
 _A_YEAR_S = 31_536_000
@@ -46,6 +46,27 @@ async def get_png(request: Request, model: str, digest: Digest = None) -> Respon
 async def get_safetensors(request: Request, model: str, digest: Digest = None) -> Response:
     """Return the whole codebook, as `patchcache fit` writes it."""
     return await _get_file(request, model, "safetensors", digest)
+
+
+async def reload_model(request: Request, model: str) -> ReloadAnswer:
+    """Load a model from its file again, and let it answer when it is ready.
+
+    Until then the old one serves, and so it does when the new one cannot be loaded.
+    """
+    service, _ = begin(request, model)
+    check_query(request)
+    if service.is_draining:
+        raise ProblemError(
+            "draining", "The service is shutting down.", headers={"Retry-After": "1"}
+        )
+    done = await service.reloader.reload(model)
+    request.state.fingerprint = done.fresh.fingerprint
+    return ReloadAnswer(
+        model=model,
+        fingerprint=done.fresh.fingerprint,
+        previous_fingerprint=done.old.fingerprint,
+        seconds=round(done.seconds, 3),
+    )
 
 
 def describe(served: Served, service: TokenizeService) -> ModelInfo:

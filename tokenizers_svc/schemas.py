@@ -58,7 +58,6 @@ class BatchItem(BaseModel, frozen=True):
     token_ids: list[int] | None = Field(None, description="flat, row-major")
     view: Box | None = None
     image: ImageInfo | None = None
-    soft: SoftAnswer | None = None
     error: "Problem | None" = Field(None, description="in the place of the others")
 
 
@@ -102,6 +101,15 @@ class ModelList(BaseModel, frozen=True):
     """The tokenizers of this service."""
 
     models: list[ModelInfo]
+
+
+class ReloadAnswer(BaseModel, frozen=True):
+    """A model that was loaded again."""
+
+    model: str
+    fingerprint: str = Field(description="of the tokenizer that answers now")
+    previous_fingerprint: str = Field(description="of the one that answered before")
+    seconds: float = Field(description="that loading and warming up took")
 
 
 class FieldError(BaseModel, frozen=True):

@@ -31,6 +31,7 @@ from tokenizers_svc.limits import Limits
 from tokenizers_svc.metrics import Metrics
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Registry, Served, failures
+from tokenizers_svc.reloading import Reloader
 from tokenizers_svc.tokens import ImageFacts, Key, Outcome, Picture, SoftTokens, Timings, Tokens
 
 # Below this, hashing in the event loop costs less than a thread that does it.
@@ -48,6 +49,7 @@ class TokenizeService:
         self.metrics = metrics
         self._watchdog = Watchdog()
         self.limits: Limits = registry.limits
+        self.reloader = Reloader(registry)
         self.kept = KeptAnswers(self.limits.kept_bytes)
         self.is_draining = False
         self.door = Door(self.limits, self._seconds_per_picture)
@@ -86,6 +88,7 @@ class TokenizeService:
     async def close(self) -> None:
         """Answer what was let in, then end the threads."""
         self.is_draining = True
+        await self.reloader.close()
         await self.registry.close()
         await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
 

@@ -25,15 +25,28 @@ RULE = PixelRule(size=32, patch_size=8)
 GRID = [4, 4]
 
 
-def make_codebook(num_stages=1, dtype=np.uint8):
-    centroids = np.random.default_rng(0).integers(0, 256, (num_stages, 16, 192)).astype(dtype)
+def make_codebook(num_stages=1, dtype=np.uint8, seed=0, metric="l2", objective=(30_000.0,)):
+    rng = np.random.default_rng(seed)
+    centroids = rng.integers(0, 256, (num_stages, 16, 192)).astype(dtype)
+    if metric == "cosine":
+        centroids = (centroids / np.linalg.norm(centroids, axis=-1, keepdims=True)).astype(dtype)
     counts = np.ones(centroids.shape[:2], np.int64)
     extractor = ExtractorSpec(id="pixel")
-    return Codebook(centroids, counts, metric="l2", pixel_rule=RULE, extractor=extractor)
+    return Codebook(
+        centroids, counts, metric=metric, pixel_rule=RULE, extractor=extractor, objective=objective
+    )
 
 
 def make_tokenizer():
     return PatchTokenizer.load(make_codebook())
+
+
+def make_zoo():
+    """Models beside the plain one: two stages, centroids that are no pixels."""
+    return {
+        "residual": PatchTokenizer.load(make_codebook(num_stages=2, dtype=np.int16)),
+        "cosine": PatchTokenizer.load(make_codebook(dtype=np.float32, metric="cosine")),
+    }
 
 
 def draw(size=(80, 60), mode="RGB", seed=0):
@@ -59,12 +72,17 @@ def jpeg(size=(80, 60), seed=0):
 RED = encode_image(Image.new("RGB", (40, 40), (255, 0, 0)))
 
 
-def expected_ids(body, view=None):
-    """What the library says."""
+def resized_view(body, view=None):
+    """What the library cuts out of a picture, (3, S, S)."""
     pixels = imaging.decode(body)
     view = view or centre_square(tuple(pixels.shape[-2:]))
-    resized = imaging.apply_view(pixels, view, RULE.size, RULE.interpolation)
-    return make_tokenizer().encode(resized[None])[0].flatten().tolist()
+    return imaging.apply_view(pixels, view, RULE.size, RULE.interpolation)
+
+
+def expected_ids(body, view=None, tokenizer=None):
+    """What the library says."""
+    tokenizer = tokenizer or make_tokenizer()
+    return tokenizer.encode(resized_view(body, view)[None])[0].flatten().tolist()
 
 
 class WatchedTokenizer:

@@ -175,7 +175,7 @@ def test_openapi_describes_the_picture_the_answer_and_the_refusals(client):
     example = tokenize["responses"]["200"]["content"]["application/json"]["example"]
     assert len(example["token_ids"]) == np.prod(example["shape"])
     refusals = {int(status) for status in tokenize["responses"]} - {200}
-    assert refusals == {400, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504}
+    assert refusals == {400, 401, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504}
     for status in refusals:
         assert list(tokenize["responses"][str(status)]["content"]) == ["application/problem+json"]
     assert client.get("/docs").status_code == 200

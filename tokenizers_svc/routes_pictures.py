@@ -1,0 +1,153 @@
+"""Pictures of token ids: decoding ids, and what is left of a picture that went through them."""
+
+import io
+import math
+import time
+from typing import Annotated, Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+from fastapi import Query, Request, Response
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenizers_svc.bodies import read_picture
+from tokenizers_svc.codebook_files import not_decodable
+from tokenizers_svc.exchange import deadline, time_allowed, while_connected
+from tokenizers_svc.forms import NPY, array_response
+from tokenizers_svc.intake import Upload, check_query, make_view, parse_view
+from tokenizers_svc.problems import ProblemError
+from tokenizers_svc.registry import Served
+from tokenizers_svc.routes_tokenize import ModelName, ViewText, timing_headers
+from tokenizers_svc.service import TokenizeService, begin
+from tokenizers_svc.token_bodies import read_grids
+from tokenizers_svc.tokens import Outcome, Picture
+
+PictureForm = Literal["png", "webp", "npy"]
+PictureFormName = Annotated[
+    PictureForm | None,
+    Query(
+        alias="format",
+        description="of the picture; npy is (S, S, 3) uint8, and the one form of several pictures, "
+        "(B, S, S, 3)",
+    ),
+]
+MEDIA_TYPES: Final[dict[PictureForm, str]] = {"png": "image/png", "webp": "image/webp", "npy": NPY}
+
+
+class Reconstruction(NamedTuple):
+    """What is left of a picture."""
+
+    pixels: NDArray[np.uint8]  # (S, S, 3)
+    psnr: float  # against the resized view, dB; infinite when nothing is lost
+    outcome: Outcome
+
+
+async def detokenize(
+    request: Request, model: ModelName = None, picture_form: PictureFormName = None
+) -> Response:
+    """Return the picture that token ids stand for: every patch is the pixels of its centroid."""
+    service, served = _begin(request, model, "model", "format")
+    upload = Upload(request, service.limits, service.limits.max_body_bytes)
+    with service.admit(served, upload) as place:
+        async with deadline(time_allowed(request, service.limits.request_deadline_s)):
+            started = time.perf_counter()
+            grids = await read_grids(request, upload, served, service.limits)
+            read_s = time.perf_counter() - started
+            form = picture_form or ("npy" if grids.is_batch else "png")
+            if grids.is_batch and form != "npy":
+                raise ProblemError(
+                    "not-acceptable", "Several pictures come as one npy file: add format=npy."
+                )
+            place.hold_pictures(len(grids.ids))
+            content = await service.in_decoder(_decode, served, grids.ids, grids.is_batch, form)
+    return _answer(content, form, {"Server-Timing": f"read;dur={1000 * read_s:.2f}"})
+
+
+async def reconstruct(
+    request: Request,
+    model: ModelName = None,
+    view: ViewText = None,
+    picture_form: PictureFormName = None,
+) -> Response:
+    """Return what is left of a picture whose patches are replaced by their centroids.
+
+    X-PSNR says how near it is to the resized view, in dB.
+    """
+    service, served = _begin(request, model, "model", "view", "format")
+    parse_view(view)
+    form = picture_form or "png"
+    upload = Upload(request, service.limits, service.limits.max_body_bytes)
+    with service.admit(served, upload):
+        async with deadline(time_allowed(request, service.limits.request_deadline_s)):
+            started = time.perf_counter()
+            picture = await read_picture(request, upload, service.limits)
+            read_s = time.perf_counter() - started
+            work = _reconstruct(service, served, picture)
+            left = await while_connected(request, work)
+            content = await service.in_decoder(_encode, left.pixels, form)
+    headers = {
+        **timing_headers(read_s, [left.outcome]),
+        "X-PSNR": "inf" if math.isinf(left.psnr) else f"{left.psnr:.4f}",
+    }
+    return _answer(content, form, headers)
+
+
+def _begin(request: Request, model: str | None, *names: str) -> tuple[TokenizeService, Served]:
+    service, served = begin(request, model)
+    check_query(request, *names)
+    if not served.decodes_to_pixels:
+        raise not_decodable(served)
+    return service, served
+
+
+async def _reconstruct(
+    service: TokenizeService, served: Served, picture: Picture
+) -> Reconstruction:
+    outcome = await service.tokenize(served, picture, None)
+    return await service.in_decoder(_compare, served, picture, outcome, service.limits.max_pixels)
+
+
+def _compare(served: Served, picture: Picture, outcome: Outcome, max_pixels: int) -> Reconstruction:
+    """Decode the ids of a picture and compare them with the view that they were made of."""
+    rule = served.codebook.pixel_rule
+    resized = make_view(picture.data, picture.view, rule, max_pixels).pixels
+    ids = np.frombuffer(outcome.tokens.ids, "<u2").reshape(1, *served.shape)
+    pixels = _pixels(served, ids)[0]
+    exact = resized.permute(1, 2, 0).numpy().astype(np.float64)
+    error = float(np.square(exact - pixels).mean())
+    psnr = 10 * math.log10(255**2 / error) if error else math.inf
+    return Reconstruction(pixels, psnr, outcome)
+
+
+def _decode(
+    served: Served, ids: NDArray[np.int64], is_batch: bool, form: PictureForm
+) -> NDArray[np.uint8] | bytes:
+    pixels = _pixels(served, ids)
+    return _encode(pixels if is_batch else pixels[0], form)
+
+
+def _pixels(served: Served, ids: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Return (B, S, S, 3) of ids (B, rows, cols[, M])."""
+    decoded = served.decoder.decode(torch.from_numpy(ids.astype(np.int64)))
+    pixels: NDArray[np.uint8] = decoded.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels
+
+
+def _encode(pixels: NDArray[np.uint8], form: PictureForm) -> NDArray[np.uint8] | bytes:
+    if form == "npy":
+        return pixels
+    buffer = io.BytesIO()
+    if form == "png":
+        Image.fromarray(pixels).save(buffer, "PNG")
+    else:
+        Image.fromarray(pixels).save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+def _answer(
+    content: NDArray[np.uint8] | bytes, form: PictureForm, headers: dict[str, str]
+) -> Response:
+    if isinstance(content, bytes):
+        return Response(content, headers=headers, media_type=MEDIA_TYPES[form])
+    return array_response(content, "npy", headers)

@@ -16,9 +16,10 @@ from tokenizers_svc.codebook_files import not_decodable
 from tokenizers_svc.exchange import deadline, time_allowed, while_connected
 from tokenizers_svc.forms import NPY, array_response
 from tokenizers_svc.intake import Upload, check_query, make_view, parse_view
+from tokenizers_svc.observation import RequestRecord
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Served
-from tokenizers_svc.routes_tokenize import ModelName, ViewText, timing_headers
+from tokenizers_svc.routes_tokenize import ModelName, ViewText, note_outcomes, timing_headers
 from tokenizers_svc.service import TokenizeService, begin
 from tokenizers_svc.token_bodies import read_grids
 from tokenizers_svc.tokens import Outcome, Picture
@@ -61,6 +62,9 @@ async def detokenize(
                 )
             place.hold_pictures(len(grids.ids))
             content = await service.in_decoder(_decode, served, grids.ids, grids.is_batch, form)
+    record: RequestRecord = request.state.record
+    record.model, record.num_images = served.name, len(grids.ids)
+    record.add_stage("read", read_s)
     return _answer(content, form, {"Server-Timing": f"read;dur={1000 * read_s:.2f}"})
 
 
@@ -86,6 +90,7 @@ async def reconstruct(
             work = _reconstruct(service, served, picture)
             left = await while_connected(request, work)
             content = await service.in_decoder(_encode, left.pixels, form)
+    note_outcomes(request, served, read_s, [left.outcome])
     headers = {
         **timing_headers(read_s, [left.outcome]),
         "X-PSNR": "inf" if math.isinf(left.psnr) else f"{left.psnr:.4f}",

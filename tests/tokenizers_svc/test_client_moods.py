@@ -84,7 +84,9 @@ def test_a_port_where_nobody_listens_is_told(kind):
     with moody.nobody() as url, connect(kind, url, retries=NO_RETRIES) as client:
         with pytest.raises(ServiceUnavailableError, match="does not answer"):
             client.models()
-        with pytest.raises(ServiceUnavailableError, match=r"not ready after 0\.01 s: .*(refused|failed)"):
+        with pytest.raises(
+            ServiceUnavailableError, match=r"not ready after 0\.01 s: .*(refused|failed)"
+        ):
             client.wait_ready(0.01)
 
 

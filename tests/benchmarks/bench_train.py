@@ -1,23 +1,29 @@
-"""A training step from cached token ids, beside the same step with the tokenizer in the loop.
+"""What a training step costs from a cache, beside the same step done the usual way.
 
-    python tests/benchmarks/bench_train.py             # five minutes on one core
+    python tests/benchmarks/bench_train.py             # six minutes on two quiet cores
     python tests/benchmarks/bench_train.py --quick     # one student, fewer steps
     python tests/benchmarks/bench_train.py --device cuda --batch-size 64
+
+Four tables of one run: cached token ids beside a tokenizer in the loop; `train.run` beside the bare
+forward and backward pass on pictures in memory; MaPeT's one mask beside masks of every picture and
+head; the head on masked patches beside all of them. The peers are in `train_peers`.
 
 Data: photographs (`../shared/data/photos` or $PATCHCACHE_TEST_DATA/photos; drawn ones where there
 are none), two views of 224 pixels, K = 8,192. The tokenizer of the loop is a ViT-B/16 of timm with
 random weights, which cost what trained ones do, and our nearest centroid. Everything else of the
-step is the same: decoding, crop, jitter, masks, forward, backward, optimizer. Process time on a
-CPU, wall time on a GPU.
+step is the same: decoding, crop, jitter, masks, forward, backward, optimizer. One thread computes.
+Process time on a CPU, wall time on a GPU and for images/s.
 """
 
 import argparse
+import json
+import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -28,60 +34,108 @@ from rich.table import Table
 from cache_builder.formats import TokenCache
 from cache_builder.tokenizers import CentroidIndex
 from tests import factories
+from tests.benchmarks import train_peers
 from tests.conftest import DATA
-from trainer.config import parse_config
-from trainer.data import BatchOrder, CachedViews
+from trainer import train
+from trainer.config import TrainConfig, parse_config
+from trainer.data import Batch, BatchOrder, CachedViews
 from trainer.distributed import Ranks
+from trainer.model import uses_bf16
 from trainer.step import Stepper
+from trainer.viewer import step_inputs
 
 K, SIZE, PATCH = 8192, 224, 16
 TEACHER, TEACHER_DIM = "vit_base_patch16_224", 768
-STUDENTS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+TINY, SMALL, BASE = (f"vit_{size}_patch16_224" for size in ("tiny", "small", "base"))
 NUM_IMAGES = 32
-OBJECTIVES = {
-    "keep, 75 in blocks": {"method": "beit"},
-    "drop, 147 at random": {
-        "method": "beit", "mask_ratio": 0.75, "mask_kind": "random", "masked_tokens": "drop",
-    },
-}  # fmt: skip
+KEEP = {"method": "beit"}
+DROP = {"method": "beit", "mask_ratio": 0.75, "mask_kind": "random", "masked_tokens": "drop"}
+OBJECTIVES = {"keep, 75 in blocks": KEEP, "drop, 147 at random": DROP}
+MAPET = {"method": "mapet"}
+MB = 1e6
 
 
-class Times(NamedTuple):
-    """Milliseconds per image."""
+class Bench(NamedTuple):
+    """What every table is measured with."""
 
-    read: float  # decode and crop
-    step: float  # forward, backward, optimizer
+    cache_path: Path
+    device: torch.device
+    batch_size: int
+    num_steps: int  # that are timed, of which the median counts
+    students: tuple[str, ...]
+
+    def config(
+        self, student: str, objective: dict[str, Any], steps: int, num_workers: int = 0
+    ) -> TrainConfig:
+        """Return the settings of a run."""
+        return parse_config(
+            {
+                "data": {
+                    "batch_size": self.batch_size,
+                    "color_jitter": 0.4,
+                    "num_workers": num_workers,
+                },
+                "model": {"name": student},
+                "objective": objective,
+                "optim": {"lr": 1e-3},
+                "run": {
+                    "steps": steps, "device": self.device.type, "log_every": 5,
+                    "checkpoint_every": steps,
+                },
+            }
+        )  # fmt: skip
+
+    def stepper(self, config: TrainConfig) -> Stepper:
+        """Return a model and its optimizer."""
+        with TokenCache.open(self.cache_path) as cache:
+            stepper = Stepper(config, cache.manifest, cache.codebook, Ranks(), self.device)
+        stepper.objective.train()
+        return stepper
+
+    def batches(self, count: int) -> list[Batch]:
+        """Return the first batches of a run."""
+        with TokenCache.open(self.cache_path) as cache:
+            sizes = [shard.num_samples for shard in cache.manifest.shards]
+        order = BatchOrder(sizes, self.batch_size, seed=0)
+        dataset = CachedViews(self.cache_path, image_size=SIZE)
+        found = [dataset.read(order.picks(step)) for step in range(count)]
+        dataset.close()
+        return found
+
+    def ms_per_image(self, work: Callable[[int], object]) -> float:
+        """Return the median of calls with 0, 1, ...; the first one is not counted."""
+        seconds = [self._clocked(work, step) for step in range(self.num_steps + 1)]
+        return statistics.median(seconds[1:]) * 1e3 / self.batch_size
+
+    def _clocked(self, work: Callable[[int], object], step: int) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            work(step)
+            torch.cuda.synchronize()
+            return time.perf_counter() - began
+        began = time.process_time()
+        work(step)
+        return time.process_time() - began
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="one student, fewer steps")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    num_steps = 3 if args.quick else 6
-    device = torch.device(args.device)
-    table = Table(title=f"ms per image, batches of {args.batch_size}, {args.device}")
-    for name in ("student", "masked patches", "read", "step", "cached ids", "tokenizer",
-                 "in the loop", "ratio"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("student", "masked patches") else "right")
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        cache_path = build_cache(Path(folder))
-        tokenizer_ms = time_tokenizer(device, args.batch_size, num_steps)
-        for student in STUDENTS[:1] if args.quick else STUDENTS:
-            for name, objective in OBJECTIVES.items():
-                times = time_steps(
-                    cache_path, student, objective, device, args.batch_size, num_steps
-                )
-                cached = times.read + times.step
-                table.add_row(
-                    student, name, f"{times.read:.1f}", f"{times.step:.1f}", f"{cached:.1f}",
-                    f"{tokenizer_ms:.1f}", f"{cached + tokenizer_ms:.1f}",
-                    f"{(cached + tokenizer_ms) / cached:.2f}",
-                )  # fmt: skip
-    Console(width=130).print(table)
+        bench = Bench(
+            build_cache(Path(folder)), torch.device(args.device), args.batch_size,
+            num_steps=3 if args.quick else 6,
+            students=(TINY,) if args.quick else (TINY, SMALL, BASE),
+        )  # fmt: skip
+        for make_table in (tokenizer_table, speed_table, mapet_table, head_table):
+            Console(width=130).print(make_table(bench))
 
 
 def build_cache(folder: Path) -> Path:
@@ -102,69 +156,188 @@ def build_cache(folder: Path) -> Path:
     return folder / "cache"
 
 
-def time_steps(
-    cache_path: Path,
-    student: str,
-    objective: dict[str, object],
-    device: torch.device,
-    batch_size: int,
-    num_steps: int,
-) -> Times:
-    """Take steps as `patchcache train` does."""
-    config = parse_config(
-        {
-            "data": {"batch_size": batch_size, "color_jitter": 0.4},
-            "model": {"name": student},
-            "objective": objective,
-            "optim": {"lr": 1e-3},
-            "run": {"steps": num_steps + 1, "device": device.type},
-        }
+def tokenizer_table(bench: Bench) -> Table:
+    """Time steps as `patchcache train` takes them, and the tokenizer that they do without."""
+    table = new_table(
+        f"A step from cached token ids and with the tokenizer in the loop, ms per image, batches "
+        f"of {bench.batch_size}, {bench.device}",
+        ("student", "masked patches"),
+        ("read", "step", "cached ids", "tokenizer", "in the loop", "ratio"),
     )
-    with TokenCache.open(cache_path) as cache:
-        stepper = Stepper(config, cache.manifest, cache.codebook, Ranks(), device)
+    tokenizer_ms = time_tokenizer(bench)
+    batches = bench.batches(bench.num_steps + 1)
+    read_ms = time_reading(bench)
+    for student in bench.students:
+        for name, objective in OBJECTIVES.items():
+            stepper = bench.stepper(bench.config(student, objective, bench.num_steps + 1))
+            step_ms = bench.ms_per_image(
+                lambda step, stepper=stepper: stepper.take(step, batches[step])
+            )
+            cached_ms = read_ms + step_ms
+            in_loop_ms = cached_ms + tokenizer_ms
+            times = (read_ms, step_ms, cached_ms, tokenizer_ms, in_loop_ms)
+            ratio = in_loop_ms / cached_ms
+            table.add_row(student, name, *(f"{ms:.1f}" for ms in times), f"{ratio:.2f}")
+    return table
+
+
+def time_reading(bench: Bench) -> float:
+    """Return what decoding and cropping take, ms per image."""
+    with TokenCache.open(bench.cache_path) as cache:
         sizes = [shard.num_samples for shard in cache.manifest.shards]
-    stepper.objective.train()
-    order = BatchOrder(sizes, batch_size, seed=0)
-    dataset = CachedViews(cache_path, image_size=SIZE)
-    batches = [dataset.read(order.picks(step)) for step in range(num_steps + 1)]
-    stepper.take(0, batches[0])  # what is made once
-    read = [
-        clocked(lambda s=step: dataset.read(order.picks(s)), device) for step in range(num_steps)
-    ]
-    steps = [
-        clocked(lambda s=step: stepper.take(s, batches[s]), device)
-        for step in range(1, num_steps + 1)
-    ]
+    order = BatchOrder(sizes, bench.batch_size, seed=0)
+    dataset = CachedViews(bench.cache_path, image_size=SIZE)
+    ms = bench.ms_per_image(lambda step: dataset.read(order.picks(step)))
     dataset.close()
-    return Times(*(statistics.median(found) * 1e3 / batch_size for found in (read, steps)))
+    return ms
 
 
-def time_tokenizer(device: torch.device, batch_size: int, num_steps: int) -> float:
+def time_tokenizer(bench: Bench) -> float:
     """Return what features and nearest centroids of a batch take, ms per image."""
+    device = bench.device
     teacher = timm.create_model(TEACHER, num_classes=0).eval().to(device)
     index = CentroidIndex(torch.randn(K, TEACHER_DIM, device=device))
-    images = torch.randn(batch_size, 3, SIZE, SIZE, device=device)
+    images = torch.randn(bench.batch_size, 3, SIZE, SIZE, device=device)
 
     @torch.inference_mode()
-    def tokenise() -> None:
+    def tokenise(_: int) -> None:
         features = teacher.forward_features(images)[:, teacher.num_prefix_tokens :]
         index.assign(features.flatten(0, 1))
 
-    tokenise()
-    return statistics.median(clocked(tokenise, device) for _ in range(num_steps)) * 1e3 / batch_size
+    return bench.ms_per_image(tokenise)
 
 
-def clocked(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a call takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def speed_table(bench: Bench) -> Table:
+    """Time whole runs of the trainer beside the model alone, on the wall clock."""
+    table = new_table(
+        f"The trainer and the bare forward and backward pass, images/s, batches of "
+        f"{bench.batch_size}, {bench.device}",
+        ("student", "masked patches", "workers that decode"),
+        ("bare", "train.run", "share", "data wait"),
+    )
+    for student in bench.students[:2]:
+        for name, objective in OBJECTIVES.items():
+            for num_workers in (0, 1):
+                # Before and after, as other work on the machine comes and goes.
+                before = bare_speed(bench, student, objective)
+                trained, waited = trained_speed(bench, student, objective, num_workers)
+                bare = (before + bare_speed(bench, student, objective)) / 2
+                table.add_row(
+                    student, name, f"{num_workers}", f"{bare:.1f}", f"{trained:.1f}",
+                    f"{100 * trained / bare:.0f} %", f"{100 * waited:.1f} %",
+                )  # fmt: skip
+    return table
+
+
+def bare_speed(bench: Bench, student: str, objective: dict[str, Any]) -> float:
+    """Return images/s of forward and backward on one batch in memory: nothing is updated."""
+    config = bench.config(student, objective, 1)
+    module = bench.stepper(config).objective
+    (batch,) = bench.batches(1)
+    inputs = step_inputs(batch, config, 0, bench.device)
+    seconds = []
+    for _ in range(bench.num_steps + 1):
         began = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-    began = time.process_time()
-    run()
-    return time.process_time() - began
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=is_bf16(bench)):
+            loss = module(*inputs)["loss"]
+        loss.backward()
+        module.zero_grad()
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return bench.batch_size / statistics.median(seconds[1:])
+
+
+def trained_speed(
+    bench: Bench, student: str, objective: dict[str, Any], num_workers: int
+) -> tuple[float, float]:
+    """Return images/s and share of waiting of a run, medians of the intervals after the first."""
+    steps = 5 * (2 if bench.num_steps < 6 else 3)
+    with tempfile.TemporaryDirectory() as folder:
+        config = bench.config(student, objective, steps, num_workers)
+        train.run(config, bench.cache_path, folder)
+        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    speed = statistics.median(row["images_per_s"] for row in rows)
+    return speed, statistics.median(row["data_wait"] for row in rows)
+
+
+def mapet_table(bench: Bench) -> Table:
+    """Time MaPeT with one mask for the run and with masks of every picture and head."""
+    table = new_table(
+        f"MaPeT, forward and backward, {TINY}, batches of {bench.batch_size}, {bench.device}",
+        ("masks",),
+        ("ms per image", "masks, MB per image", "kept for backward, MB per image"),
+    )
+    config = bench.config(TINY, MAPET, 1)
+    objective = bench.stepper(config).objective
+    peer = train_peers.TwoStreams(objective)
+    inputs = step_inputs(bench.batches(1)[0], config, 0, bench.device)
+
+    def ours() -> torch.Tensor:
+        return objective(*inputs)["loss"]
+
+    for name, run in (("one, from ranks", ours), ("dense, as official", lambda: peer(*inputs))):
+        ms, kept = time_backward(bench, objective, run)
+        masks = peer.mask_bytes / bench.batch_size if run is not ours else 0
+        table.add_row(name, f"{ms:.1f}", f"{masks / MB:.2f}", f"{kept / MB:.1f}")
+    table.caption = f"The one mask of a run: {objective.sees.nbytes / MB:.2f} MB."
+    return table
+
+
+def head_table(bench: Bench) -> Table:
+    """Time BEiT with a head on the masked patches and with one on all patches."""
+    table = new_table(
+        f"BEiT, 75 of 196 patches masked, forward and backward, batches of {bench.batch_size}, "
+        f"{bench.device}",
+        ("student",),
+        ("head on masked, ms per image", "on all, ms per image", "saved"),
+    )
+    for student in bench.students[:2]:
+        config = bench.config(student, KEEP, 1)
+        objective = bench.stepper(config).objective
+        inputs = step_inputs(bench.batches(1)[0], config, 0, bench.device)
+        masked_ms, _ = time_backward(bench, objective, lambda o=objective, i=inputs: o(*i)["loss"])
+        all_ms, _ = time_backward(
+            bench,
+            objective,
+            lambda o=objective, i=inputs: train_peers.loss_over_all_positions(o, *i),
+        )
+        saved = 1 - masked_ms / all_ms
+        table.add_row(student, f"{masked_ms:.1f}", f"{all_ms:.1f}", f"{100 * saved:.0f} %")
+    return table
+
+
+def time_backward(
+    bench: Bench, module: torch.nn.Module, forward: Callable[[], torch.Tensor]
+) -> tuple[float, float]:
+    """Return ms and bytes kept, per image, of a forward and backward pass."""
+
+    def cast() -> torch.Tensor:
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=is_bf16(bench)):
+            return forward()
+
+    def step(_: int) -> None:
+        cast().backward()
+        module.zero_grad()
+
+    ms = bench.ms_per_image(step)
+    return ms, train_peers.bytes_kept(module, cast) / bench.batch_size
+
+
+def is_bf16(bench: Bench) -> bool:
+    """Say whether the trainer would compute in bfloat16."""
+    return uses_bf16("auto", bench.device)
+
+
+def new_table(title: str, words: tuple[str, ...], figures: tuple[str, ...]) -> Table:
+    """Return a table without rows."""
+    table = Table(title=title)
+    for name in words:
+        table.add_column(name)
+    for name in figures:
+        table.add_column(name, justify="right")
+    return table
 
 
 if __name__ == "__main__":

@@ -47,11 +47,16 @@ async def deadline(seconds: float) -> AsyncIterator[None]:
     except TimeoutError:
         if not scope.expired():
             raise
-        raise ProblemError(
-            "deadline",
-            f"There was no answer within {seconds:g} s; the work was dropped. Ask again later.",
-            limit=seconds,
-        ) from None
+        raise deadline_passed(seconds) from None
+
+
+def deadline_passed(seconds: float) -> ProblemError:
+    """Return the refusal of a request that took too long."""
+    return ProblemError(
+        "deadline",
+        f"There was no answer within {seconds:g} s; the work was dropped. Ask again later.",
+        limit=seconds,
+    )
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -1,31 +1,23 @@
-"""From the bytes of a request to a resized view: what can be wrong with either.
+"""What can be wrong with a request before its pictures are looked at.
 
-Headers and query are checked first, then the body is read, then the picture is decoded; each step
-refuses what the next one would pay for. Decoding, cropping and resizing are those of
-`cache_builder.imaging`, with nothing added, so that a token does not depend on who asked for it.
+Headers and query are checked first, then the body is read; each step refuses what the next one
+would pay for. The pictures themselves are for `decoding.py`.
 """
 
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator
 
-from PIL import UnidentifiedImageError
 from starlette.requests import Request
-from torch import Tensor
 
-from cache_builder.errors import ImageError, ImageTooLargeError
-from cache_builder.formats.codebook import PixelRule
-from cache_builder.formats.views import View, centre_square
-from cache_builder.imaging import apply_view, decode, read_header
+from cache_builder.formats.views import View
 from tokenizers_svc.admission import Place
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.problems import ProblemError
-from tokenizers_svc.tokens import ImageFacts
 
 _VIEW = re.compile(r"([0-9]{1,9}),([0-9]{1,9}),([0-9]{1,9}),([0-9]{1,9})(?:,([01]))?")
-_HOW_TO_SEND = "Send the bytes of one image file as the body: curl --data-binary @photo.jpg URL"
+HOW_TO_SEND = "Send the bytes of one image file as the body: curl --data-binary @photo.jpg URL"
 
 
 def check_query(request: Request, *names: str) -> None:
@@ -98,7 +90,7 @@ class Upload:
         async with self.in_time():
             chunks = [chunk async for chunk in self.chunks()]
         if not self._num_bytes:
-            raise ProblemError("empty-body", _HOW_TO_SEND)
+            raise ProblemError("empty-body", HOW_TO_SEND)
         return b"".join(chunks)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -145,78 +137,3 @@ class Upload:
             limit=self._max_bytes,
             actual=actual,
         )
-
-
-class Cut(NamedTuple):
-    """A view cut out of a picture."""
-
-    pixels: Tensor  # (3, S, S) uint8
-    view: View
-    image: ImageFacts
-
-
-def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) -> Cut:
-    """Decode a picture and cut a view out of it.
-
-    Args:
-        body: An encoded image.
-        view: A box in the upright picture; None is the largest centred square.
-        rule: Size and interpolation of the resized view.
-        max_pixels: Largest width x height that is decoded.
-
-    Raises:
-        ProblemError: 400, 413, 415 or 422.
-    """
-    if not body:
-        raise ProblemError("empty-body", _HOW_TO_SEND)
-    try:
-        image_format = read_header(body).format
-        pixels = decode(body, max_pixels=max_pixels)
-    except ImageError as exc:
-        raise _image_problem(exc, max_pixels) from exc
-    height, width = pixels.shape[-2:]
-    view = view or centre_square((height, width))
-    try:
-        resized = apply_view(pixels, view, rule.size, rule.interpolation)
-    except ImageError as exc:
-        raise ProblemError(
-            "view-outside",
-            f"The upright picture is {height} pixels high and {width} wide; the view needs "
-            "height and width of at least 1, "
-            f"top + height <= {height} and left + width <= {width}.",
-        ) from exc
-    return Cut(resized, view, ImageFacts(width, height, image_format))
-
-
-def check_total_pixels(bodies: Iterable[bytes], limits: Limits) -> None:
-    """Refuse pictures that are too large together, by their headers.
-
-    Those that are refused by themselves, for whatever reason, do not count.
-
-    Raises:
-        ProblemError: 413.
-    """
-    total = 0
-    for body in bodies:
-        with contextlib.suppress(ImageError):
-            header = read_header(body)
-            num_pixels = header.width * header.height
-            total += num_pixels if num_pixels <= limits.max_pixels else 0
-    if total > limits.max_batch_pixels:
-        raise ProblemError(
-            "image-too-large",
-            f"The pictures of one request have at most {limits.max_batch_pixels:,} pixels "
-            "together. Send fewer at once.",
-            limit=limits.max_batch_pixels,
-            actual=total,
-        )
-
-
-def _image_problem(error: ImageError, max_pixels: int) -> ProblemError:
-    """Tell what the decoder's exception stands for."""
-    detail = f"The picture is refused: {error}."
-    if isinstance(error.__cause__, UnidentifiedImageError):
-        return ProblemError("not-an-image", detail)
-    if isinstance(error, ImageTooLargeError):
-        return ProblemError("image-too-large", detail, limit=max_pixels, actual=error.num_pixels)
-    return ProblemError("corrupt-image", detail)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 _BATCHES_IN_QUEUE = 4
 _MAX_DECODE_THREADS = 8
+_LINGER_S = 0.002
 _PILLOW_LIMIT = 178_956_970  # Pillow refuses more by itself, whatever it is told here
 
 
@@ -59,15 +60,23 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
     max_batch: int = Field(
         0, ge=0, description="pictures in one run of the tokenizer; 0: 32, on a CPU 8"
     )
-    linger_s: float = Field(
-        0.002,
+    linger_s: float | None = Field(
+        None,
         ge=0,
         le=0.1,
         description="how long a batch that is not full waits for more, seconds; it waits only "
-        "when the batch before it held more than one picture",
+        "when the batch before it held more than one picture; null: 0.002, on a CPU 0",
+    )
+    lanes: int = Field(
+        0,
+        ge=0,
+        description="on a CPU, threads that decode and tokenise, each with a batch of its own; "
+        "0: one per core",
     )
     decode_threads: int = Field(
-        0, ge=0, description="pictures decoded at once; 0: one per core, at most eight"
+        0,
+        ge=0,
+        description="beside a GPU, pictures decoded at once; 0: one per core, at most eight",
     )
     request_deadline_s: float = Field(
         30.0, gt=0, description="from admission to answer, seconds; then 504"
@@ -116,6 +125,8 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
         return self.model_copy(
             update={
                 "max_batch": max_batch,
+                "linger_s": self._linger_s(on_cpu=on_cpu),
+                "lanes": (self.lanes or num_cores) if on_cpu else 1,
                 "max_queue": max_queue,
                 "max_items": min(self.max_items, max_queue),
                 "max_held_bytes": max(
@@ -124,3 +135,9 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
                 "decode_threads": self.decode_threads or min(num_cores, _MAX_DECODE_THREADS),
             }
         )
+
+    def _linger_s(self, *, on_cpu: bool) -> float:
+        if self.linger_s is not None:
+            return self.linger_s
+        # Batches gain next to nothing on a CPU, and the wait costs every picture in them.
+        return 0.0 if on_cpu else _LINGER_S

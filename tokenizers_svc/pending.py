@@ -38,10 +38,14 @@ class Crew(NamedTuple):
     torch_threads: int | None = None  # of one torch operation; None leaves torch as it is
 
     @classmethod
-    def for_device(cls, device: torch.device, *, num_cores: int, num_decoders: int) -> "Crew":
-        """Return the threads for a tokenizer that runs on `device`."""
+    def for_device(cls, device: torch.device, *, num_lanes: int, num_decoders: int) -> "Crew":
+        """Return the threads for a tokenizer that runs on `device`.
+
+        On a CPU they are `num_lanes` that also decode, on a GPU `num_decoders` beside two lanes
+        that take turns.
+        """
         if device.type == "cpu":
-            return cls(num_lanes=num_cores, num_turns=num_cores, torch_threads=1)
+            return cls(num_lanes=num_lanes, num_turns=num_lanes, torch_threads=1)
         return cls(num_lanes=2, num_turns=1, num_decoders=num_decoders)
 
 
@@ -119,9 +123,8 @@ class Lane:
 
     def allocate(self, max_batch: int, size: int, device: torch.device) -> None:
         """Make room for a batch; the copy to a GPU is fastest from pinned memory."""
-        self.staging = torch.empty(
-            max_batch, 3, size, size, dtype=torch.uint8, pin_memory=device.type == "cuda"
-        )
+        pinned = device.type == "cuda" and torch.cuda.is_available()
+        self.staging = torch.empty(max_batch, 3, size, size, dtype=torch.uint8, pin_memory=pinned)
 
 
 class Pending:

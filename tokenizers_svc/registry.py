@@ -81,18 +81,19 @@ class Served:
         name: str,
         source: Source,
         limits: Limits,
-        num_torch_threads: int | None,
         on_batch: OnBatch | None,
     ) -> None:
-        """Prepare; `start` begins."""
+        """Prepare; `start` begins. The limits are resolved for this machine."""
         self.name = name
         self.source = source
         self.codebook = source.codebook
         self.batcher = Batcher(
             source.load,
             max_batch=limits.max_batch,
-            linger_s=limits.linger_s,
-            crew=Crew(num_decoders=limits.decode_threads, torch_threads=num_torch_threads),
+            linger_s=limits.linger_s or 0.0,
+            crew=Crew.for_device(
+                source.device, num_lanes=limits.lanes, num_decoders=limits.decode_threads
+            ),
             name=f"tokenizer {name}",
             on_batch=partial(on_batch, name) if on_batch else None,
         )
@@ -179,8 +180,6 @@ class Registry:
         sources = {check_name(name): self.open(codebook) for name, codebook in codebooks.items()}
         on_cpu = all(source.device.type == "cpu" for source in sources.values())
         self.limits = limits.resolved(on_cpu=on_cpu, num_cores=num_cores)
-        # One core is left to the event loop and the decoders.
-        self._num_torch_threads = max(1, num_cores - 1) if on_cpu else None
         self._served = {name: self.prepare(name, source) for name, source in sources.items()}
 
     def open(self, codebook: str | Path | Tokenizer) -> Source:
@@ -193,7 +192,7 @@ class Registry:
 
     def prepare(self, name: str, source: Source) -> Served:
         """Return a model that has not started."""
-        return Served(name, source, self.limits, self._num_torch_threads, self._on_batch)
+        return Served(name, source, self.limits, self._on_batch)
 
     def __iter__(self) -> Iterator[Served]:
         """Go through the models, the default one first."""

@@ -13,9 +13,10 @@ from PIL import Image
 
 from tokenizers_svc.bodies import read_picture
 from tokenizers_svc.codebook_files import not_decodable
+from tokenizers_svc.decoding import make_view
 from tokenizers_svc.exchange import deadline, time_allowed, while_connected
 from tokenizers_svc.forms import NPY, array_response
-from tokenizers_svc.intake import Upload, check_query, make_view, parse_view
+from tokenizers_svc.intake import Upload, check_query, parse_view
 from tokenizers_svc.observation import RequestRecord
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Served

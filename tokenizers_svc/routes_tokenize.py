@@ -17,6 +17,7 @@ from cache_builder.soft_targets import soft_spec
 from tokenizers_svc.batcher import TokenizerFailedError
 from tokenizers_svc.bodies import read_picture, read_pictures
 from tokenizers_svc.conditional import is_known
+from tokenizers_svc.decoding import check_total_pixels
 from tokenizers_svc.exchange import deadline, time_allowed, while_connected
 from tokenizers_svc.forms import (
     Form,
@@ -27,7 +28,7 @@ from tokenizers_svc.forms import (
     picture_fields,
     token_response,
 )
-from tokenizers_svc.intake import Upload, check_query, check_total_pixels, parse_view
+from tokenizers_svc.intake import Upload, check_query, parse_view
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.observation import RequestRecord
 from tokenizers_svc.problems import ProblemError, internal_problem

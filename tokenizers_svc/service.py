@@ -1,6 +1,6 @@
 """The models at work: who is let in, where pictures are decoded, whether the service is ready.
 
-    admit -> read the body -> decode in a pool of threads -> queue -> one run for many -> answer
+    admit -> read the body -> queue -> decode in a thread -> queue -> one run for many -> answer
 
 A picture takes a place before its body is read and keeps it until it is answered or its client
 has gone, so a refusal costs nothing and the memory behind the door is bounded. Decoding is most of
@@ -11,6 +11,7 @@ everyone, nor in the batch, where it would hold up the device.
 import asyncio
 import contextlib
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -23,9 +24,11 @@ from torch import Tensor
 from cache_builder.formats.payloads import SoftSpec
 from cache_builder.formats.views import View
 from tokenizers_svc.admission import Door, Place
-from tokenizers_svc.batcher import Batcher, SoftIds, WorkerStoppedError
+from tokenizers_svc.batcher import Batcher, DeadlinePassedError, SoftIds, WorkerStoppedError
+from tokenizers_svc.decoding import make_view
+from tokenizers_svc.exchange import deadline_passed
 from tokenizers_svc.health import ServiceState, Watchdog, state_of
-from tokenizers_svc.intake import Upload, make_view
+from tokenizers_svc.intake import Upload
 from tokenizers_svc.kept import KeptAnswers
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.metrics import Metrics
@@ -157,9 +160,13 @@ class TokenizeService:
             return made.pixels
 
         try:
-            found = await served.batcher.tokenize(cut, key.soft)
+            # A request with less time is cancelled; without the last of them, so is this work.
+            until = time.perf_counter() + self.limits.request_deadline_s
+            found = await served.batcher.tokenize(cut, key.soft, deadline=until)
         except WorkerStoppedError:
             raise not_ready("The tokenizer has stopped.") from None
+        except DeadlinePassedError:
+            raise deadline_passed(self.limits.request_deadline_s) from None
         ids = np.array(found.ids, "<u2")
         self.metrics.note_ids(served.name, served.codebook, ids)
         tokens = Tokens(ids.tobytes(), *facts[0], _soft_tokens(found.soft, key.soft))

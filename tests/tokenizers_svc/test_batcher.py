@@ -19,9 +19,9 @@ MAX_BATCH = 4
 class Started:
     """A batcher that is ready, over a tokenizer whose warm-up is forgotten."""
 
-    def __init__(self, tokenizer, linger_s=0.0):
+    def __init__(self, tokenizer, linger_s=0.0, **options):
         self.tokenizer = tokenizer
-        self.batcher = Batcher(lambda: tokenizer, max_batch=MAX_BATCH, linger_s=linger_s)
+        self.batcher = Batcher(lambda: tokenizer, max_batch=MAX_BATCH, linger_s=linger_s, **options)
 
     async def __aenter__(self):
         self.batcher.start()

@@ -57,7 +57,7 @@ class Held:
 @contextlib.contextmanager
 def held(tokenizer, **limits):
     # Equal pictures are sent on purpose; each is to be tokenised.
-    app = create_app(tokenizer, limits=Limits(kept_bytes=0, **limits))
+    app = create_app(tokenizer, limits=Limits(kept_bytes=0, lanes=1, **limits))
     with serving(app) as client, ThreadPoolExecutor(32) as pool:
         client.service = app.state.service
         try:

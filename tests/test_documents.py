@@ -67,7 +67,7 @@ def test_the_page_of_the_client_prints_what_it_says(client, photos, capsys):
     out = capsys.readouterr().out
     for promised in (
         "(4, 4) uint16\nTrue\n",
-        "View(top=0, left=0, height=32, width=32, hflip=True)\n(1, 16, 192)\n",
+        "View(top=0, left=0, height=32, width=32, hflip=True)\nTrue True\n(1, 16, 192)\n",
         "2 The picture is refused: ",
         "0 True\n1 True\nnot-an-image 415\nThe service does not answer:\n",
     ):

@@ -5,13 +5,16 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cache_builder.errors import ConfigError
 from cache_builder.formats.views import View
+from cache_builder.tokenizers import PatchTokenizer
 from tests.tokenizers_svc.clients import connect
 from tests.tokenizers_svc.support import (
     GRID,
+    RULE,
     expected_ids,
     jpeg,
     make_codebook,
@@ -83,6 +86,48 @@ def test_many_pictures_have_the_ids_of_the_library(asking):
             assert listed(item.tokens) == expected_ids(picture, view)
     with pytest.raises(ProblemError, match="not-an-image"):
         list(asking.tokenize_many(pictures))
+
+
+def test_soft_targets_begin_with_the_token_id(asking):
+    tokens = asking.tokenize(jpeg(), soft_top_k=3)
+    assert tokens.soft.ids.shape == tokens.soft.probabilities.shape == (*GRID, 3)
+    assert np.array_equal(tokens.soft.ids[..., 0], tokens.ids)
+    assert np.allclose(tokens.soft.probabilities.sum(-1), 1, atol=0.01)
+    assert (np.diff(tokens.soft.probabilities) <= 0).all()
+
+
+def test_a_residual_codebook_has_an_id_for_every_stage():
+    tokenizer = PatchTokenizer.load(make_codebook(num_stages=2))
+    with (
+        serving(create_app(tokenizer)) as client,
+        connect("sync", str(client.base_url)) as asking,
+    ):
+        alone = asking.tokenize(jpeg())
+        first, second = asking.tokenize_many([jpeg(), jpeg(seed=1)])
+        assert alone.ids.shape == (*GRID, 2)
+        assert np.array_equal(first.tokens.ids, alone.ids)
+        pair = np.stack([first.tokens.ids, second.tokens.ids])
+        assert np.array_equal(asking.detokenize(pair)[0], asking.detokenize(alone))
+
+
+def test_ids_become_pictures_again(asking, tokenizer):
+    tokens = asking.tokenize(jpeg())
+    decoded = tokenizer.decode(torch.from_numpy(tokens.ids[None].astype(np.int64)))
+    expected = decoded[0].permute(1, 2, 0).numpy()
+    for ids in (tokens, tokens.ids, tokens.ids.tolist()):
+        assert np.array_equal(asking.detokenize(ids), expected)
+    batch = asking.detokenize(np.stack([tokens.ids, np.zeros_like(tokens.ids)]))
+    assert batch.shape == (2, RULE.size, RULE.size, 3)
+    assert np.array_equal(batch[0], expected)
+    again = asking.reconstruct(jpeg())
+    assert np.array_equal(again.pixels, expected)
+    assert 0 < again.psnr_db < 60
+    assert again.fingerprint == tokens.fingerprint
+
+
+def test_ids_that_are_too_large_are_refused_by_the_service(asking):
+    with pytest.raises(ProblemError, match="invalid-tokens"):
+        asking.detokenize(np.full(GRID, 16))
 
 
 def test_the_codebook_is_the_codebook(asking):

@@ -4,6 +4,7 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from starlette.requests import Request
 
 from tests.tokenizers_svc.support import (
     RED,
@@ -20,6 +21,7 @@ from tests.tokenizers_svc.support import (
     wait_until,
 )
 from tokenizers_svc.app import create_app
+from tokenizers_svc.exchange import time_allowed
 from tokenizers_svc.limits import Limits
 
 
@@ -220,3 +222,24 @@ def test_under_load_every_client_gets_its_own_answer(num_clients):
         answers = [service.post(bodies[i % 8]) for i in range(num_clients)]
         for i, answer in enumerate(answers):
             assert answer.result().json()["token_ids"] == expected[i % 8]
+
+
+def test_a_client_may_wait_for_less_time_than_the_limit():
+    with held(WatchedTokenizer(), max_batch=1) as service:
+        running = service.hold(jpeg())
+        impatient = service.post(jpeg(), headers={"X-Request-Timeout": "0.1"})
+        assert check_problem(impatient.result(), 504, "deadline")["limit"] == 0.1
+        service.release()
+        assert running.result().status_code == 200
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(b"0.5", 0.5), (b"1e9", 2.0), (None, 2.0)])
+def test_nobody_may_wait_for_longer_than_the_limit(text, seconds):
+    headers = [] if text is None else [(b"x-request-timeout", text)]
+    assert time_allowed(Request({"type": "http", "headers": headers}), 2.0) == seconds
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan", "inf", ""])
+def test_a_time_to_wait_that_is_none_is_refused(client, seconds):
+    answer = post(client, jpeg(), headers={"X-Request-Timeout": seconds})
+    assert "positive number of seconds" in check_problem(answer, 400, "bad-request")["detail"]

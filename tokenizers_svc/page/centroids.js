@@ -1,10 +1,27 @@
 // Centroids as pixels. Those of one stage are patches of the reconstruction; of a residual codebook,
 // the sum of the first few stages is drawn from the codebook itself.
 
+import { ask } from "./api.js";
+
+const MAX_BYTES = 64_000_000; // of a codebook that is worth fetching
 const TYPES = { "|u1": Uint8Array, "<i2": Int16Array, "<f4": Float32Array };
 
+const codebooks = new Map(); // digest -> of readNpy
+
+/** Return the centroids of a model, {shape, values}; null where they are too many to fetch. */
+export async function fetchCodebook(model, { key, signal }) {
+  const { id, digest, vocab_size: size, patch_size: side, num_stages: stages } = model;
+  if (size * stages * side * side * 3 * 2 > MAX_BYTES) return null;
+  if (!codebooks.has(digest)) {
+    const path = `v1/models/${encodeURIComponent(id)}/codebook.npy`;
+    const response = await ask(path, { query: { digest }, key, signal });
+    codebooks.set(digest, readNpy(await response.arrayBuffer()));
+  }
+  return codebooks.get(digest);
+}
+
 /** Read a .npy file into {shape, values}. */
-export function readNpy(buffer) {
+function readNpy(buffer) {
   const view = new DataView(buffer);
   const isLong = view.getUint8(6) > 1;
   const start = (isLong ? 12 : 10) + (isLong ? view.getUint32(8, true) : view.getUint16(8, true));

@@ -2,7 +2,7 @@
 
 import { Refusal, ask, timingsOf } from "./api.js";
 import { copy, curlCall, pythonCall } from "./calls.js";
-import { drawCentroids, readNpy } from "./centroids.js";
+import { drawCentroids, fetchCodebook } from "./centroids.js";
 import { colourOf } from "./colours.js";
 import { problemOf, showRefusal } from "./errors.js";
 import { PatchGrid } from "./grid.js";
@@ -13,14 +13,13 @@ import { countIds, describeCounts, showFrequent, showTimes } from "./summary.js"
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["top", "left", "height", "width"];
-const MAX_CODEBOOK_BYTES = 64_000_000;
 
 const state = {
   models: [],
+  chosen: null, // the file that is being read, or has been
   picture: null, // of readPicture
   box: null, // what was asked for; null is the centred square
   answer: null, // the JSON, with the model that was asked and what was drawn of it
-  codebooks: new Map(), // digest -> of readNpy
   running: null, // AbortController
 };
 
@@ -77,13 +76,17 @@ async function takeModel() {
 }
 
 async function takePicture(blob, name) {
+  state.chosen = blob;
+  begin();
   let picture;
   try {
     picture = await readPicture(blob, name);
   } catch {
+    setBusy(false);
     showError(new Refusal({ title: "The file cannot be read", detail: `Is ${name} a file?` }, null));
     return;
   }
+  if (state.chosen !== blob) return; // another one was chosen meanwhile
   showNothing();
   Object.assign(state, { picture, box: null });
   $("hflip").checked = false;
@@ -102,12 +105,21 @@ async function askFor(box) {
   await tokenize();
 }
 
-async function tokenize() {
+/** Say that something is under way, and stop what was before. */
+function begin() {
   state.running?.abort();
-  if (!state.picture || !model()) return;
-  const { signal } = (state.running = new AbortController());
-  const asked = { model: model(), view: wantedView() };
+  state.running = new AbortController();
   setBusy(true);
+  return state.running;
+}
+
+async function tokenize() {
+  if (!state.picture || !model()) {
+    setBusy(false);
+    return;
+  }
+  const { signal } = begin();
+  const asked = { model: model(), view: wantedView() };
   showError(null);
   try {
     checkSize();
@@ -136,17 +148,6 @@ function checkSize() {
       detail: `It has ${actual.toLocaleString("en")} bytes; this service takes ${limit.toLocaleString("en")}.`,
     }, null);
   }
-}
-
-async function codebookOf(asked, { key, signal }) {
-  const { id, digest, vocab_size: size, patch_size: side, num_stages: stages } = asked;
-  if (!state.codebooks.has(digest)) {
-    if (size * stages * side * side * 3 * 2 > MAX_CODEBOOK_BYTES) return null;
-    const path = `v1/models/${encodeURIComponent(id)}/codebook.npy`;
-    const response = await ask(path, { query: { digest }, key, signal });
-    state.codebooks.set(digest, readNpy(await response.arrayBuffer()));
-  }
-  return state.codebooks.get(digest);
 }
 
 // ---- showing
@@ -242,7 +243,7 @@ async function showReconstruction(asked, request) {
   try {
     const response = await ask("v1/reconstruct", request);
     const bitmap = await createImageBitmap(await response.blob());
-    const codebook = answer.stages > 1 ? await codebookOf(asked, request) : null;
+    const codebook = answer.stages > 1 ? await fetchCodebook(asked, request) : null;
     Object.assign(answer, { whole: bitmap, codebook, psnr: response.headers.get("X-PSNR") });
   } catch (error) {
     if (request.signal.aborted) return;
@@ -340,12 +341,12 @@ function showNothing() {
   for (const canvas of document.querySelectorAll(".square canvas")) canvas.width = 1;
   for (const id of ["view-size", "map-size", "psnr"]) $(id).textContent = "";
   $("no-reconstruction").hidden = true;
-  $("status").textContent = "";
 }
 
 function setBusy(isBusy) {
   $("tokens").setAttribute("aria-busy", isBusy);
   if (isBusy) $("status").textContent = "Asking ...";
+  else if (!state.answer) $("status").textContent = "No tokens yet.";
 }
 
 function showError(error, again) {

@@ -18,6 +18,7 @@ from cache_builder.formats.views import View, centre_square
 from cache_builder.imaging import apply_view, decode, read_header
 from tokenizers_svc.intake import HOW_TO_SEND
 from tokenizers_svc.limits import Limits
+from tokenizers_svc.pixel_budget import PixelBudget
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.tokens import ImageFacts
 
@@ -30,7 +31,9 @@ class Cut(NamedTuple):
     image: ImageFacts
 
 
-def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) -> Cut:
+def make_view(
+    body: bytes, view: View | None, rule: PixelRule, max_pixels: int, budget: PixelBudget
+) -> Cut:
     """Decode a picture and cut a view out of it.
 
     Args:
@@ -38,6 +41,7 @@ def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) 
         view: A box in the upright picture; None is the largest centred square.
         rule: Size and interpolation of the resized view.
         max_pixels: Largest width x height that is decoded.
+        budget: Where it waits for room.
 
     Raises:
         ProblemError: 400, 413, 415 or 422.
@@ -45,10 +49,17 @@ def make_view(body: bytes, view: View | None, rule: PixelRule, max_pixels: int) 
     if not body:
         raise ProblemError("empty-body", HOW_TO_SEND)
     try:
-        image_format = read_header(body).format
-        pixels = decode(body, max_pixels=max_pixels)
+        header = read_header(body)
+        # One that is too large is refused by the decoder, and takes no room for that.
+        num_pixels = header.width * header.height
+        with budget.room_for(num_pixels if num_pixels <= max_pixels else 0):
+            pixels = decode(body, max_pixels=max_pixels)
+            return _cut(pixels, view, rule, header.format)
     except ImageError as exc:
         raise _image_problem(exc, max_pixels) from exc
+
+
+def _cut(pixels: Tensor, view: View | None, rule: PixelRule, image_format: str) -> Cut:
     height, width = pixels.shape[-2:]
     view = view or centre_square((height, width))
     try:

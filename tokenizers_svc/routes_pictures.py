@@ -111,13 +111,15 @@ async def _reconstruct(
     service: TokenizeService, served: Served, picture: Picture
 ) -> Reconstruction:
     outcome = await service.tokenize(served, picture, None)
-    return await service.in_decoder(_compare, served, picture, outcome, service.limits.max_pixels)
+    return await service.in_decoder(_compare, service, served, picture, outcome)
 
 
-def _compare(served: Served, picture: Picture, outcome: Outcome, max_pixels: int) -> Reconstruction:
+def _compare(
+    service: TokenizeService, served: Served, picture: Picture, outcome: Outcome
+) -> Reconstruction:
     """Decode the ids of a picture and compare them with the view that they were made of."""
-    rule = served.codebook.pixel_rule
-    resized = make_view(picture.data, picture.view, rule, max_pixels).pixels
+    rule, max_pixels = served.codebook.pixel_rule, service.limits.max_pixels
+    resized = make_view(picture.data, picture.view, rule, max_pixels, service.pixels).pixels
     ids = np.frombuffer(outcome.tokens.ids, "<u2").reshape(1, *served.shape)
     pixels = _pixels(served, ids)[0]
     exact = resized.permute(1, 2, 0).numpy().astype(np.float64)

@@ -32,6 +32,7 @@ from tokenizers_svc.intake import Upload
 from tokenizers_svc.kept import KeptAnswers
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.metrics import Metrics
+from tokenizers_svc.pixel_budget import PixelBudget
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Registry, Served, failures
 from tokenizers_svc.reloading import Reloader
@@ -54,6 +55,7 @@ class TokenizeService:
         self.limits: Limits = registry.limits
         self.reloader = Reloader(registry)
         self.kept = KeptAnswers(self.limits.kept_bytes)
+        self.pixels = PixelBudget(self.limits.max_decoding_pixels)
         self.is_draining = False
         self.door = Door(self.limits, self._seconds_per_picture)
         self._decoders = ThreadPoolExecutor(
@@ -155,7 +157,7 @@ class TokenizeService:
         facts: list[tuple[View, ImageFacts]] = []
 
         def cut() -> Tensor:
-            made = make_view(picture.data, picture.view, rule, max_pixels)
+            made = make_view(picture.data, picture.view, rule, max_pixels, self.pixels)
             facts.append((made.view, made.image))
             return made.pixels
 

@@ -108,7 +108,8 @@ def test_metrics_tell_of_pictures_batches_and_refusals(client):
 
 def test_the_page_lists_the_limits_with_their_defaults():
     rows = {name.strip("`"): default for name, default, _ in table("limit")}
-    assert rows == {name: f"{field.default:,}" for name, field in Limits.model_fields.items()}
+    defaults = {name: field.default for name, field in Limits.model_fields.items()}
+    assert rows == {n: "null" if d is None else f"{d:,}" for n, d in defaults.items()}
 
 
 def test_the_page_lists_the_fields_of_a_line_of_the_log(client, caplog):

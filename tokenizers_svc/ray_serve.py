@@ -16,14 +16,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-from starlette.datastructures import Headers
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache_builder.errors import ConfigError, MissingDependencyError, WorkerLostError
 from cache_builder.formats.codebook import Codebook
@@ -33,7 +28,7 @@ from tokenizers_svc.access import Access, check_exposure
 from tokenizers_svc.app import create_app
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.options import ServiceOptions
-from tokenizers_svc.problems import ProblemError, problem_response
+from tokenizers_svc.ray_proxy import proxy_middleware
 from tokenizers_svc.renewal import renew
 from tokenizers_svc.serve import listen
 from tokenizers_svc.service import TokenizeService
@@ -41,27 +36,24 @@ from tokenizers_svc.signals import Signals, caught_signals, next_signal
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.middleware import Middleware
 
 logger = logging.getLogger(__name__)
 
 _APP: Final = "patchcache"
 _PROXY_CALLBACK: Final = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# Ray's own 5 and 10 s take a proxy on a busy machine for dead before it has started.
+_PATIENCE: Final = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
+_NUM_STARTS: Final = 3
+_FAREWELL_S: Final = 2.0  # the proxy tells who still asks that nobody serves, before it is killed
 _ORDERS: Final = "orders"
 _POLL_S: Final = 0.5
 _OBEY_S: Final = 0.5  # between two looks of a replica for orders
 _HEALTH_PERIOD_S: Final = 5.0
 _WARM_UP_POLL_S: Final = 0.05
 _HEADROOM: Final = 16  # probes, metrics and looks at models, beside the pictures
-# What the proxy says by itself, in words of ours.
-_NOBODY: Final = ("not-ready", "No replica serves here now: the service starts or has stopped.")
-_PROXY_PROBLEMS: Final = {
-    404: _NOBODY,
-    408: ("deadline", "No replica answered in time."),
-    429: ("overloaded", "All replicas are full. Ask again."),
-    503: _NOBODY,
-}
-_DIED: Final = ("not-ready", "The replica that had this request has died. Ask again.")
 
 
 class ReplicaOptions(NamedTuple):
@@ -103,7 +95,10 @@ def run(
         Codebook.load(path)  # the user's mistakes are told here, not in the log of a replica
     listen(host, port).close()  # a port that is taken would be told in a log of Ray alone
     serve = _import_serve()
-    environment = {_PROXY_CALLBACK: f"{__name__}.{proxy_middleware.__name__}"}
+    environment = {
+        _PROXY_CALLBACK: f"{proxy_middleware.__module__}.{proxy_middleware.__name__}",
+        **_PATIENCE,
+    }
     where = ClusterOptions(
         replicas.address, None, replicas.gpus_per_replica, replicas.cpus_per_replica
     )
@@ -111,14 +106,29 @@ def run(
         connect(where, env_vars=environment, packages=[Path(__file__).parent]) as cluster,
         caught_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
     ):
-        serve.start(
-            proxy_location="HeadOnly" if replicas.address is None else "EveryNode",
-            http_options={"host": host, "port": port, "keep_alive_timeout_s": 75},
-        )
         try:
+            _start(
+                cluster,
+                serve,
+                proxy_location="HeadOnly" if replicas.address is None else "EveryNode",
+                http_options={"host": host, "port": port, "keep_alive_timeout_s": 75},
+            )
             _supervise(cluster, serve, options, replicas, signals, f"http://{host}:{port}")
         finally:
             serve.shutdown()
+
+
+def _start(cluster: Cluster, serve: Any, **options: Any) -> None:
+    """Start Ray Serve; a proxy that is not there in time is started again by its controller."""
+    for left in reversed(range(_NUM_STARTS)):
+        try:
+            serve.start(**options)
+        except (TimeoutError, cluster.ray.exceptions.RayActorError) as exc:
+            if not left:
+                raise WorkerLostError(f"The proxy of Ray Serve does not start: {exc}") from exc
+            logger.warning("the proxy of Ray Serve is late")
+        else:
+            return
 
 
 def _supervise(
@@ -134,15 +144,20 @@ def _supervise(
     deployment = _deployment(serve, options, replicas)
     target = serve.RunTarget(deployment.bind(), name=_APP, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
-    is_announced = False
+    is_announced, before = False, ""
     while (number := next_signal(signals, _POLL_S)) in (None, signal.SIGHUP):
         if number == signal.SIGHUP:
             logger.info("SIGHUP: every replica reads its keys and codebooks again")
             cluster.ray.get(actor.reload.remote())
-        status = serve.status().applications[_APP]
-        if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        known = serve.status()
+        status = known.applications[_APP]
+        if status.status == "DEPLOY_FAILED":
             raise WorkerLostError(f"The replicas do not serve. {_reason(status)}")
-        if status.status == "RUNNING" and not is_announced:
+        if status.status == "UNHEALTHY" and before != "UNHEALTHY":
+            logger.warning("a replica has died; Ray starts another one")
+        before = status.status
+        has_proxy = "HEALTHY" in known.proxies.values()
+        if status.status == "RUNNING" and has_proxy and not is_announced:
             is_announced = True
             logger.info("serving %s on Ray at %s", ", ".join(options.codebooks), url)
             logger.info("try: curl --data-binary @photo.jpg %s/v1/tokenize", url)
@@ -151,6 +166,7 @@ def _supervise(
         cluster.ray.get(actor.drain.remote())
         next_signal(signals, _OBEY_S + options.limits.drain_s)
     serve.delete(_APP)
+    next_signal(signals, _FAREWELL_S)
 
 
 class Orders:
@@ -266,70 +282,6 @@ class Replica:
         complaint = service.complaint()
         if complaint is not None:
             raise WorkerLostError(complaint)
-
-
-class ProxyProblems:
-    """ASGI middleware of Ray's proxy: what it says by itself becomes a problem of ours."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        """Wrap the proxy."""
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):
-            await self._app(scope, receive, send)
-            return
-        has_started = is_replaced = False
-
-        async def replace(message: Message) -> None:
-            nonlocal has_started, is_replaced
-            if message["type"] == "http.response.start":
-                has_started = True
-                is_replaced = is_of_the_proxy(message)
-                if is_replaced:
-                    answer = _problem(*_PROXY_PROBLEMS[message["status"]], message["headers"])
-                    await answer(scope, receive, send)
-                else:
-                    _say_request_id_once(message)
-            if not is_replaced:
-                await send(message)
-
-        await self._app(scope, receive, replace)
-        if not has_started:
-            # Ray answers nothing; to ask again is safe, because equal pictures get equal ids.
-            await _problem(*_DIED, ())(scope, receive, send)
-
-
-def is_of_the_proxy(start: Message) -> bool:
-    """Whether an answer comes from the proxy; those of replicas carry our headers."""
-    headers = Headers(raw=start["headers"])
-    return start["status"] in _PROXY_PROBLEMS and "x-content-type-options" not in headers
-
-
-def _say_request_id_once(start: Message) -> None:
-    """Drop the request id of the proxy where the replica has said it."""
-    ids = [pair for pair in start["headers"] if bytes(pair[0]).lower() == b"x-request-id"]
-    for pair in ids[1:]:
-        start["headers"].remove(pair)
-
-
-def proxy_middleware() -> "list[Middleware]":
-    """Return what Ray puts around its proxy; named in the environment of the cluster."""
-    from starlette.middleware import Middleware
-
-    return [Middleware(ProxyProblems)]
-
-
-def _problem(code: str, detail: str, headers: Iterable[tuple[bytes, bytes]]) -> Response:
-    """Return a problem with the request id that the proxy gave."""
-    known = Headers(raw=list(headers))
-    error = ProblemError(code, detail, headers={"Retry-After": known.get("retry-after", "1")})
-    request_id = known.get("x-request-id") or uuid.uuid4().hex
-    response = problem_response(error, request_id)
-    response.headers["X-Request-Id"] = request_id
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    return response
 
 
 def _check(replicas: ReplicaOptions, port: int) -> None:

@@ -64,8 +64,8 @@ async def detokenize(
             place.hold_pictures(len(grids.ids))
             content = await service.in_decoder(_decode, served, grids.ids, grids.is_batch, form)
     record: RequestRecord = request.state.record
-    record.model, record.num_images = served.name, len(grids.ids)
-    record.add_stage("read", read_s)
+    record.num_images = len(grids.ids)
+    record.add_stage("read", read_s, ended=record.started + read_s)
     return _answer(content, form, {"Server-Timing": f"read;dur={1000 * read_s:.2f}"})
 
 
@@ -91,7 +91,7 @@ async def reconstruct(
             work = _reconstruct(service, served, picture)
             left = await while_connected(request, work)
             content = await service.in_decoder(_encode, left.pixels, form)
-    note_outcomes(request, served, read_s, [left.outcome])
+    note_outcomes(request, read_s, [left.outcome])
     headers = {
         **timing_headers(read_s, [left.outcome]),
         "X-PSNR": "inf" if math.isinf(left.psnr) else f"{left.psnr:.4f}",

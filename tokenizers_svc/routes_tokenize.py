@@ -88,7 +88,7 @@ async def tokenize(
             read_s = time.perf_counter() - started
             work = service.tokenize(served, picture, soft)
             outcome = await while_connected(request, work)
-    note_outcomes(request, served, read_s, [outcome])
+    note_outcomes(request, read_s, [outcome])
     headers = {
         **timing_headers(read_s, [outcome]),
         "ETag": _etag(served, outcome.key, form),
@@ -118,7 +118,7 @@ async def tokenize_batch(
             place.hold_pictures(len(pictures))
             results = await while_connected(request, _tokenize_all(service, served, pictures))
     outcomes = [result for result in results if isinstance(result, Outcome)]
-    note_outcomes(request, served, read_s, outcomes)
+    note_outcomes(request, read_s, outcomes)
     headers = {**timing_headers(read_s, outcomes), "Vary": "Accept"}
     if on_error == "fail":
         _raise_first(results)
@@ -231,12 +231,10 @@ def _etag(served: Served, key: Key, form: Form) -> str:
     return f'"{identity[:32]}-{form}"'
 
 
-def note_outcomes(
-    request: Request, served: Served, read_s: float, outcomes: Sequence[Outcome]
-) -> None:
+def note_outcomes(request: Request, read_s: float, outcomes: Sequence[Outcome]) -> None:
     """Note in the record of a request what was answered, and where the time went."""
     record: RequestRecord = request.state.record
-    record.model, record.num_images = served.name, len(outcomes)
+    record.num_images = len(outcomes)
     ended = time.perf_counter()
     for outcome in outcomes:
         timings = outcome.timings
@@ -245,9 +243,7 @@ def note_outcomes(
             record.add_stage("decode", timings.decode_s, ended=queued - timings.queue_s)
             record.add_stage("queue", timings.queue_s, ended=queued)
             record.add_stage("infer", timings.infer_s, ended=ended)
-    record.add_stage(
-        "read", read_s, ended=min([s.ended - s.seconds for s in record.stages] or [ended])
-    )
+    record.add_stage("read", read_s, ended=record.started + read_s)
 
 
 def timing_headers(read_s: float, outcomes: Sequence[Outcome]) -> dict[str, str]:

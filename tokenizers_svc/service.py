@@ -196,7 +196,7 @@ class TokenizeService:
 
 
 def begin(request: Request, model: str | None) -> tuple[TokenizeService, Served]:
-    """Return the service and the model that a request names; its answer carries the fingerprint.
+    """Return the service and the model that a request names; its answer and record name it too.
 
     Raises:
         ProblemError: 404, there is no such model.
@@ -204,6 +204,7 @@ def begin(request: Request, model: str | None) -> tuple[TokenizeService, Served]
     service: TokenizeService = request.app.state.service
     served = service.registry.get(model)
     request.state.fingerprint = served.fingerprint
+    request.state.record.model = served.name
     return service, served
 
 

@@ -20,6 +20,7 @@ from tests.tokenizers_svc.support import (
     WatchedTokenizer,
     jpeg,
     make_client,
+    make_codebook,
     post,
     process,
     wait_ready,
@@ -122,7 +123,7 @@ def test_the_page_lists_the_fields_of_a_line_of_the_log(client, caplog):
     good, bad = access_lines(caplog)
     assert (good["status"], good["model"], good["num_images"]) == (200, "tiny-k16", 1)
     assert set(good["stages_ms"]) == {"read", "decode", "queue", "infer"}
-    assert bad["problems"] == ["not-an-image"]
+    assert (bad["model"], bad["problems"]) == ("tiny-k16", ["not-an-image"])
 
 
 def access_lines(caplog):
@@ -153,36 +154,42 @@ def test_a_tokenizer_that_hangs_ends_the_process_with_1_and_the_reason():
     assert "has ended no batch for" in "".join(lines)
 
 
-def test_sighup_takes_the_keys_anew(tmp_path, codebook_path):
-    keys = tmp_path / "keys"
+def test_sighup_takes_keys_and_codebooks_anew_and_keeps_the_old_for_what_is_wrong(tmp_path):
+    keys, path = tmp_path / "keys", tmp_path / "tiny.safetensors"
     keys.write_text(KEYS[0])
+    one, two = make_codebook(), make_codebook(num_stages=2)
+    one.save(path)
     options = ServiceOptions(
-        codebooks={"tiny": str(codebook_path)}, device="cpu", access=AccessOptions(key_file=keys)
+        codebooks={"tiny": str(path)}, device="cpu", access=AccessOptions(key_file=keys)
     )
     problems = []
 
     def operate():
         try:
-            check_keys(KEYS[0], KEYS[1])
+            assert answer(KEYS[0]).headers["x-tokenizer-fingerprint"] == one.fingerprint
+            assert answer(KEYS[1]).status_code == 401
             keys.write_text(KEYS[1])
+            two.save(path)
             os.kill(os.getpid(), signal.SIGHUP)
-            wait_until(lambda: status(KEYS[1]) == 200)
-            check_keys(KEYS[1], KEYS[0])
-            keys.write_text("short")  # refused: the old ones stay
+            wait_until(is_new)
+            keys.write_text("short")
+            path.write_bytes(b"no codebook")
             os.kill(os.getpid(), signal.SIGHUP)
-            wait_until(lambda: any("stay what they were" in line for line in log.lines))
-            check_keys(KEYS[1], KEYS[0])
+            wait_until(lambda: any("model tiny stays what it was" in line for line in log.lines))
+            assert any("the keys stay what they were" in line for line in log.lines)
+            assert is_new()
         except Exception as exc:  # noqa: BLE001 - the main thread tells of it
             problems.append(exc)
         os.kill(os.getpid(), signal.SIGINT)
 
-    def status(key):
+    def answer(key):
         with make_client(log.url) as client:
-            return client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+            return client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
 
-    def check_keys(good, bad):
-        assert status(good) == 200
-        assert status(bad) == 401
+    def is_new():
+        new = answer(KEYS[1])
+        is_two = new.headers["x-tokenizer-fingerprint"] == two.fingerprint
+        return new.status_code == 200 and is_two and answer(KEYS[0]).status_code == 401
 
     log = Lines(on_url=lambda: threading.Thread(target=operate).start())
     logging.getLogger("tokenizers_svc").addHandler(log)

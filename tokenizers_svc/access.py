@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -53,6 +53,8 @@ class AccessOptions(BaseModel, frozen=True, extra="forbid"):
 
     key_file: Path | None = Field(None, description="keys of those who may use the service")
     admin_key_file: Path | None = Field(None, description="keys that also open /v1/admin/")
+    keys: tuple[SecretStr, ...] = Field((), description="further keys, as lines of a key file")
+    admin_keys: tuple[SecretStr, ...] = Field((), description="the same for the administrator")
     cors_origins: tuple[str, ...] = Field(
         (), description="origins whose web pages may ask: https://example.org, without a path"
     )
@@ -71,27 +73,16 @@ class Key(NamedTuple):
 class Access:
     """The keys in force; `reload` takes those that the files hold now."""
 
-    def __init__(
-        self,
-        options: AccessOptions,
-        *,
-        keys: Sequence[str] = (),
-        admin_keys: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, options: AccessOptions) -> None:
         """Read the key files.
-
-        Args:
-            options: Where the files are and which paths are open.
-            keys: Further keys, as lines of a key file: those of the environment.
-            admin_keys: The same for the administrator.
 
         Raises:
             ConfigError: A file cannot be read, holds no key or a bad one; an origin is none.
         """
         self.options = options
         self._given = [
-            *_parse(keys, "user", "the keys in the environment"),
-            *_parse(admin_keys, "admin", "the admin keys in the environment"),
+            *_parse(_texts(options.keys), "user", "the keys that were given"),
+            *_parse(_texts(options.admin_keys), "admin", "the admin keys that were given"),
         ]
         for origin in options.cors_origins:
             if not _ORIGIN.fullmatch(origin):
@@ -226,6 +217,10 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _texts(secrets: Iterable[SecretStr]) -> list[str]:
+    return [secret.get_secret_value() for secret in secrets]
 
 
 def _read_file(path: Path, role: Role) -> list[Key]:

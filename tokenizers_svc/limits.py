@@ -85,7 +85,7 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
         15.0, gt=0, description="for the whole body to arrive, seconds; then 408"
     )
     header_timeout_s: float = Field(
-        10.0, gt=0, description="for the whole head of a request to arrive, seconds; then closed"
+        10.0, gt=0, description="for the whole head of a request to arrive, seconds; then 408"
     )
     send_timeout_s: float = Field(
         30.0,
@@ -102,7 +102,9 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
         65_536, ge=1024, description="of the head of one request, bytes; then 431"
     )
     max_connections: int = Field(
-        1024, gt=0, description="open at one moment; further ones get a 503 and are closed"
+        1024,
+        gt=0,
+        description="open at one moment; then the longest idle one is closed, or the new gets 503",
     )
     kept_bytes: int = Field(
         64_000_000, ge=0, description="of answers kept for pictures that come again, bytes; 0: none"

@@ -27,6 +27,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import start_http_server
+from pydantic import SecretStr
 
 from cache_builder.errors import ConfigError, PatchCacheError
 from tokenizers_svc.access import check_exposure
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
 _POLL_S = 0.2
+_KEY_VARIABLES = ("PATCHCACHE_SERVE_KEYS", "PATCHCACHE_SERVE_ADMIN_KEYS")
 _OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -82,10 +84,25 @@ def run(
         TokenizerMismatchError: The weights are not those of the codebook.
         RuntimeError: The tokenizer or the HTTP server died.
     """
+    options = with_environment(options or ServiceOptions())
     app = create_app(codebook, device=device, weights=weights, limits=limits, options=options)
     check_exposure(host, app.state.access, insecure=insecure)
     with _metrics_at(app, metrics_port), _traced(app, otlp_endpoint):
         run_app(app, host=host, port=port)
+
+
+def with_environment(options: ServiceOptions) -> ServiceOptions:
+    """Return options with the keys of PATCHCACHE_SERVE_KEYS and PATCHCACHE_SERVE_ADMIN_KEYS too.
+
+    Both hold lines of a key file, with commas between.
+    """
+    keys, admin_keys = (
+        tuple(SecretStr(line) for line in os.environ.get(name, "").split(",") if line.strip())
+        for name in _KEY_VARIABLES
+    )
+    access = options.access
+    added = {"keys": access.keys + keys, "admin_keys": access.admin_keys + admin_keys}
+    return options.model_copy(update={"access": access.model_copy(update=added)})
 
 
 def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:

@@ -20,6 +20,8 @@ from tokenizers_svc.access import (
     check_exposure,
 )
 from tokenizers_svc.middleware import CommonHeaders
+from tokenizers_svc.options import ServiceOptions
+from tokenizers_svc.serve import with_environment
 
 USER = "user-key-0123456789"
 OTHER = "another-key-0123456789"
@@ -66,7 +68,7 @@ def key_file(tmp_path):
 
 @pytest.fixture
 def access(key_file):
-    return Access(AccessOptions(key_file=key_file), admin_keys=[ADMIN])
+    return Access(AccessOptions(key_file=key_file, admin_keys=(ADMIN,)))
 
 
 @pytest.mark.parametrize("key", [None, WRONG, USER, ADMIN])
@@ -115,7 +117,7 @@ def test_the_application_learns_the_name_of_the_key(access):
 
 
 def test_a_key_that_is_both_is_an_admin_key():
-    access = Access(AccessOptions(), keys=[USER], admin_keys=[USER])
+    access = Access(AccessOptions(keys=(USER,), admin_keys=(USER,)))
     assert ask(access, "/v1/admin/x", USER).status_code == 200
 
 
@@ -129,15 +131,15 @@ def test_without_keys_all_is_open_but_the_administration():
 
 
 def test_an_admin_key_alone_leaves_the_rest_open():
-    access = Access(AccessOptions(), admin_keys=[ADMIN])
+    access = Access(AccessOptions(admin_keys=(ADMIN,)))
     assert ask(access, "/v1/models").status_code == 200
     assert ask(access, "/v1/admin/x").status_code == 401
     assert ask(access, "/v1/admin/x", ADMIN).status_code == 200
 
 
 def test_metrics_and_docs_can_be_opened():
-    options = AccessOptions(open_metrics=True, open_docs=True)
-    access = Access(options, keys=[USER])
+    options = AccessOptions(open_metrics=True, open_docs=True, keys=(USER,))
+    access = Access(options)
     for path in ("/metrics", "/docs", "/openapi.json"):
         assert ask(access, path).status_code == 200
     assert ask(access, "/v1/models").status_code == 401
@@ -205,8 +207,8 @@ PREFLIGHT = {
 
 
 def test_pages_of_a_named_origin_may_ask_and_others_may_not():
-    options = AccessOptions(cors_origins=("https://good.example",))
-    access = Access(options, keys=[USER])
+    options = AccessOptions(cors_origins=("https://good.example",), keys=(USER,))
+    access = Access(options)
     allowed = ask(access, "/v1/tokenize", method="OPTIONS", headers=PREFLIGHT)
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == "https://good.example"
@@ -230,7 +232,7 @@ def test_without_origins_no_page_may_ask(access):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.org"])
 def test_strangers_are_not_served_without_keys(host, access):
-    nobody = Access(AccessOptions(), admin_keys=[ADMIN])
+    nobody = Access(AccessOptions(admin_keys=(ADMIN,)))
     with pytest.raises(ConfigError, match=r"it has no keys.*--key-file.*--insecure"):
         check_exposure(host, nobody, insecure=False)
     check_exposure(host, nobody, insecure=True)
@@ -240,3 +242,21 @@ def test_strangers_are_not_served_without_keys(host, access):
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_at_the_loopback_no_keys_are_needed(host):
     check_exposure(host, Access(AccessOptions()), insecure=False)
+
+
+def test_keys_come_from_the_environment_too(monkeypatch):
+    monkeypatch.setenv("PATCHCACHE_SERVE_KEYS", f"{USER} alice, {OTHER}")
+    monkeypatch.setenv("PATCHCACHE_SERVE_ADMIN_KEYS", ADMIN)
+    options = with_environment(ServiceOptions(access=AccessOptions(open_docs=True)))
+    assert options.access.open_docs
+    assert USER not in repr(options)
+    access = Access(options.access)
+    assert ask(access, "/v1/models", USER).text == "alice"
+    assert ask(access, "/v1/models", OTHER).text == "user key 2"
+    assert ask(access, "/v1/admin/x", ADMIN).status_code == 200
+
+
+def test_an_empty_environment_changes_nothing(monkeypatch):
+    monkeypatch.setenv("PATCHCACHE_SERVE_KEYS", "")
+    monkeypatch.delenv("PATCHCACHE_SERVE_ADMIN_KEYS", raising=False)
+    assert with_environment(ServiceOptions()) == ServiceOptions()

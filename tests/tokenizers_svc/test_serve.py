@@ -151,6 +151,20 @@ def test_sigterm_while_the_tokenizer_is_stuck_ends_the_process_all_the_same():
     assert "the process ends without it" in "".join(lines)
 
 
+@pytest.mark.slow
+def test_a_second_signal_ends_it_although_a_client_is_still_sending():
+    with process(RUN_SLOWLY, 0) as (server, client, lines):
+        wait_ready(client)
+        upload = open_request(client, jpeg(), num_sent=100)
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: not can_connect(client))
+        assert server.poll() is None  # it waits for the rest of the body, up to 15 s
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        upload.close()
+    assert "".join(lines).count("finishing what has begun") == 1
+
+
 def test_ctrl_c_ends_without_the_wait(codebook_path):
     # In this process: pytest runs tests in the main thread, where signals arrive.
     before = signal.getsignal(signal.SIGINT)

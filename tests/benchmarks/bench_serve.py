@@ -1,0 +1,366 @@
+"""The service over loopback, beside the offline rate of the same tokenizer, and beside peers.
+
+    python tests/benchmarks/bench_serve.py                  # all but the peers, about six minutes
+    python tests/benchmarks/bench_serve.py --only device    # batching in front of an accelerator
+    python tests/benchmarks/bench_serve.py --only peers     # LitServe and Ray Serve in front of it
+    python tests/benchmarks/bench_serve.py --quick          # short runs, for a look
+
+Data: photographs (`../shared/data/photos` or $PATCHCACHE_TEST_DATA/photos; drawn ones where there
+are none). Codebooks: 8,192 patches of the photographs, and 8,192 features of a ViT-tiny with random
+weights: what they cost, not what they are worth. Kept answers are off.
+
+Offline is decode, crop and encode in one process per core, in batches of the best of three sizes.
+Service and client are processes of their own; `cpu` is of the service, `client` of the client, both
+in milliseconds per image, and both share the cores. A run is worth as much as the machine is quiet:
+what other processes took of it is printed too.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.views import centre_square
+from cache_builder.imaging import apply_view, decode, patchify
+from cache_builder.tokenizers import PatchTokenizer
+from cache_builder.tokenizers.features import FeatureOptions, make_extractor
+from tests import factories
+from tests.conftest import DATA
+from tokenizers_svc.limits import Limits
+
+ROOT = Path(__file__).parents[2]
+K = 8192
+NUM_PHOTOS = 120
+NUM_CORES = len(os.sched_getaffinity(0))
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_START_S = 120
+_PEERS = {"litserve": "litserve", "ray": "ray[serve]"}
+
+
+class Service(NamedTuple):
+    """A process that answers."""
+
+    pid: int
+    port: int
+    path: str = "/v1/tokenize"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--only", choices=("cpu", "device", "peers"))
+    parser.add_argument("--quick", action="store_true", help="short runs")
+    args = parser.parse_args()
+    seconds = 2.0 if args.quick else 10.0
+    console = Console(width=130)
+    console.print(f"torch {torch.__version__}, {NUM_CORES} cores")
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = write_photos(Path(scratch))
+        if args.only in (None, "cpu"):
+            for name, codebook in make_codebooks(Path(scratch), photos).items():
+                console.print(cpu_table(name, codebook, photos, seconds))
+        if args.only in (None, "device"):
+            console.print(device_table(photos, seconds / 2, ["device"]))
+        if args.only == "peers":
+            console.print(device_table(photos, seconds / 2, ["device", *_PEERS], console))
+
+
+def cpu_table(name: str, codebook: Path, photos: list[str], seconds: float) -> Table:
+    """Measure one tokenizer on the CPU: offline, closed loops, one request, half load."""
+    table = Table(title=f"{name}, K={K}, on the CPU")
+    for heading in ("load", "images/s", "of offline", "p50 ms", "p99 ms", "batch", "cpu", "client",
+                    "others"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "load" else "right")
+    rates = {size: offline_rate(codebook, photos, size, seconds / 2) for size in (1, 4, 8)}
+    best = max(rates, key=lambda size: rates[size])
+    offline = offline_rate(codebook, photos, best, seconds)
+    bare_ms = bare_latency(codebook, photos, seconds / 2)
+    table.add_row(f"offline, batches of {best}", f"{offline:.1f}", "1.00", "", "", str(best))
+    table.add_row("decode and encode one", "", "", f"{bare_ms:.2f}")
+    max_batch = Limits().resolved(on_cpu=True, num_cores=NUM_CORES).max_batch
+    with serving("ours", str(codebook)) as service:
+        for load in ({"concurrency": 1}, {"concurrency": 2 * max_batch}, {"rate": offline / 2}):
+            found = measure(service, photos, seconds, **load)
+            label = " ".join(f"{key} {value:.4g}" for key, value in load.items())
+            table.add_row(label, *cells(found, offline))
+            if load == {"concurrency": 1}:
+                table.add_row("  over one bare", "", "", f"{found['p50_ms'] - bare_ms:+.2f}")
+    # A machine changes its pace: what came first is measured again at the end.
+    again = offline_rate(codebook, photos, best, seconds)
+    table.add_row("offline again", f"{again:.1f}", f"{again / offline:.2f}")
+    return table
+
+
+def device_table(
+    photos: list[str], seconds: float, kinds: Sequence[str], console: Console | None = None
+) -> Table:
+    """Measure services in front of the simulated accelerator."""
+    table = Table(title="An accelerator that takes 5 + 0.2 n ms for a batch of n, at most 32")
+    for heading in ("service", "clients", "images/s", "p50 ms", "p99 ms", "batch", "cpu", "client",
+                    "others"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "service" else "right")
+    for kind in kinds:
+        module = kind if kind in _PEERS else "uvicorn"
+        if find_spec(module) is None:
+            assert console is not None
+            console.print(f"{kind} is left out. To see it: pip install '{_PEERS[kind]}'")
+            continue
+        port = [] if kind == "device" else [str(free_port())]
+        with serving(kind, *port) as service:
+            for concurrency in (1, 8, 32, 64):
+                found = measure(service, photos[:1], seconds, concurrency=concurrency)
+                table.add_row(kind, str(concurrency), *cells(found, None))
+    return table
+
+
+def cells(found: dict[str, Any], offline: float | None) -> list[str]:
+    """Return what a load came to, as text."""
+    share = [] if offline is None else [f"{found['images_per_s'] / offline:.2f}"]
+    failed = found["num_failed"] + found["num_refused"]
+    return [
+        f"{found['images_per_s']:.1f}" + (f" ({failed} failed)" if failed else ""),
+        *share,
+        f"{found['p50_ms']:.2f}",
+        f"{found['p99_ms']:.2f}",
+        f"{found['batch']:.1f}" if found["batch"] else "",
+        f"{found['server_ms']:.2f}",
+        f"{found['client_ms']:.2f}",
+        f"{found['others']:.2f}",
+    ]
+
+
+def measure(service: Service, photos: list[str], seconds: float, **load: float) -> dict[str, Any]:
+    """Run a client against a service; add what the CPUs did meanwhile."""
+    options = {"port": service.port, "path": service.path, "files": photos,
+               "seconds": seconds, "warm_up_s": min(2.0, seconds / 4), **load}  # fmt: skip
+    before, busy, started = cpu_s(service.pid), machine_cpu_s(), time.perf_counter()
+    client = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.serve_load", json.dumps(options)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        text=True, check=True,
+    )  # fmt: skip
+    wall = time.perf_counter() - started
+    found: dict[str, Any] = json.loads(client.stdout)
+    used = cpu_s(service.pid) - before
+    # Of what the start of the client cost nothing is told apart.
+    found["others"] = max(0.0, machine_cpu_s() - busy - used - found["cpu_s"]) / wall
+    found["server_ms"] = 1000 * used / found["num_sent"]
+    found["client_ms"] = 1000 * found["cpu_s"] / found["num_sent"]
+    return found
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[Service]:
+    """Run a service until the block ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *_command(*arguments)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    lines: list[str] = []
+    try:
+        if arguments[0] in _PEERS:
+            threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True).start()
+            port = int(arguments[1])
+        else:
+            port = _announced_port(process, lines)
+            threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True).start()
+        _wait_until_it_answers(process, port, lines)
+        yield Service(process.pid, port)
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):  # LitServe leaves its workers behind
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _command(kind: str, *rest: str) -> list[str]:
+    if kind in _PEERS:
+        return [f"tests.benchmarks.served_by_{kind}", *rest]
+    return ["tests.benchmarks.served", kind, *rest]
+
+
+def _announced_port(process: "subprocess.Popen[str]", lines: list[str]) -> int:
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        found = re.search(r"try: curl .*:([0-9]+)/", line)
+        if found:
+            return int(found[1])
+    raise RuntimeError("the service did not start:\n" + "".join(lines))
+
+
+def _wait_until_it_answers(process: "subprocess.Popen[str]", port: int, lines: list[str]) -> None:
+    """Post nothing until that is answered by anything but a 5xx."""
+    end = time.monotonic() + _START_S
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/tokenize", data=b"no picture", method="POST"
+    )
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+        except urllib.error.HTTPError as exc:
+            if exc.code < 500 and exc.code != 404:
+                return
+        except OSError:
+            pass
+        else:
+            return
+        time.sleep(0.1)
+    raise RuntimeError("the service does not answer:\n" + "".join(lines[-20:]))
+
+
+def offline_rate(codebook: Path, photos: list[str], batch: int, seconds: float) -> float:
+    """Return images per second of one process per core that decodes, crops and encodes."""
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(NUM_CORES)
+    with spawn.Pool(NUM_CORES, _begin, (barrier, str(codebook))) as pool:
+        tasks = [(photos, batch, seconds)] * NUM_CORES
+        return float(sum(pool.starmap(_tokenize_for, tasks, chunksize=1)))
+
+
+def bare_latency(codebook: Path, photos: list[str], seconds: float) -> float:
+    """Return the median of decoding and encoding one picture in one thread, milliseconds."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, _begin, (spawn.Barrier(1), str(codebook))) as pool:
+        return float(np.median(pool.apply(_time_each, (photos, seconds))))
+
+
+def _begin(barrier: Any, codebook: str) -> None:
+    torch.set_num_threads(1)
+    _worker["tokenizer"] = PatchTokenizer.load(codebook)
+    _worker["barrier"] = barrier
+
+
+_worker: dict[str, Any] = {}  # of a process of the pool
+
+
+def _tokenize_for(photos: list[str], batch: int, seconds: float) -> float:
+    tokenizer: PatchTokenizer = _worker["tokenizer"]
+    bodies = [Path(photo).read_bytes() for photo in photos]
+    tokenizer.encode(torch.stack([_cut(body, tokenizer.pixel_rule) for body in bodies[:batch]]))
+    _worker["barrier"].wait()
+    started, num_images = time.perf_counter(), 0
+    while time.perf_counter() < started + seconds:
+        chosen = [bodies[(num_images + i) % len(bodies)] for i in range(batch)]
+        tokenizer.encode(torch.stack([_cut(body, tokenizer.pixel_rule) for body in chosen]))
+        num_images += batch
+    return num_images / (time.perf_counter() - started)
+
+
+def _time_each(photos: list[str], seconds: float) -> list[float]:
+    tokenizer: PatchTokenizer = _worker["tokenizer"]
+    bodies = [Path(photo).read_bytes() for photo in photos]
+    end, times = time.perf_counter() + seconds, list[float]()
+    while time.perf_counter() < end or len(times) < 10:
+        body = bodies[len(times) % len(bodies)]
+        started = time.perf_counter()
+        tokenizer.encode(_cut(body, tokenizer.pixel_rule)[None])
+        times.append(1000 * (time.perf_counter() - started))
+    return times[len(times) // 10 :]
+
+
+def _cut(body: bytes, rule: PixelRule) -> torch.Tensor:
+    pixels = decode(body)
+    height, width = pixels.shape[-2:]
+    return apply_view(pixels, centre_square((height, width)), rule.size, rule.interpolation)
+
+
+def write_photos(scratch: Path) -> list[str]:
+    """Return files of photographs, or of drawn ones where there are none."""
+    found = sorted((DATA / "photos").glob("*.JPEG"))[:NUM_PHOTOS]
+    if found:
+        return [str(path) for path in found]
+    content = {
+        f"{seed:03d}.jpg": factories.encode(
+            factories.draw_photo(seed, 375, 500), "JPEG", quality=90
+        )
+        for seed in range(NUM_PHOTOS)
+    }
+    folder = factories.write_folder(scratch / "photos", content)
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+def make_codebooks(scratch: Path, photos: list[str]) -> dict[str, Path]:
+    """Write codebooks whose centroids are patches and features of the photographs."""
+    torch.set_num_threads(NUM_CORES)
+    options = FeatureOptions("timm:vit_tiny_patch16_224", random_weights_seed=0)
+    vit = make_extractor(options, torch.device("cpu"))
+    rules = {"pixel": PixelRule(size=224, patch_size=16), "ViT-tiny": vit.pixel_rule}
+    written = {}
+    for name, rule in rules.items():
+        views = torch.stack([_cut(Path(photo).read_bytes(), rule) for photo in photos])
+        points = patchify(views, 16) if name == "pixel" else torch.cat(
+            [vit(part) for part in views.split(8)]
+        )  # fmt: skip
+        points = points.flatten(0, 1)
+        chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:K]
+        codebook = Codebook(
+            points[chosen].numpy()[None],
+            np.ones((1, K), np.int64),
+            metric="l2",
+            pixel_rule=rule,
+            extractor=ExtractorSpec(id="pixel") if name == "pixel" else vit.spec,
+        )
+        written[name] = scratch / f"{name}.safetensors"
+        codebook.save(written[name])
+    return written
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process and of all below it."""
+    pids, used = [pid], 0.0
+    parents = {
+        int(path.name): path / "stat" for path in Path("/proc").iterdir() if path.name.isdecimal()
+    }
+    fields = {}
+    for number, path in parents.items():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields[number] = path.read_text().rpartition(")")[2].split()
+    while pids:
+        one = pids.pop()
+        if one in fields:
+            used += (int(fields[one][11]) + int(fields[one][12])) / _TICKS_PER_S
+            pids += [child for child, stat in fields.items() if int(stat[1]) == one]
+    return used
+
+
+def machine_cpu_s() -> float:
+    """Return the CPU seconds of all processes of the machine."""
+    numbers = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq = (int(number) for number in numbers[:7])
+    return (user + nice + system + irq + softirq) / _TICKS_PER_S
+
+
+def free_port() -> int:
+    """Return a port that nothing listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

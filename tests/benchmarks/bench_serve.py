@@ -28,7 +28,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -56,6 +55,7 @@ NUM_CORES = len(os.sched_getaffinity(0))
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _START_S = 120
 _PEERS = {"litserve": "litserve", "ray": "ray[serve]"}
+_PROBES = {"litserve": "/health", "ray": "/-/healthz"}
 
 
 class Service(NamedTuple):
@@ -63,7 +63,7 @@ class Service(NamedTuple):
 
     pid: int
     port: int
-    path: str = "/v1/tokenize"
+    as_form: bool = False  # what it takes: a form, or the bytes of the picture
 
 
 def main() -> None:
@@ -152,13 +152,20 @@ def cells(found: dict[str, Any], offline: float | None) -> list[str]:
 
 def measure(service: Service, photos: list[str], seconds: float, **load: float) -> dict[str, Any]:
     """Run a client against a service; add what the CPUs did meanwhile."""
-    options = {"port": service.port, "path": service.path, "files": photos,
-               "seconds": seconds, "warm_up_s": min(2.0, seconds / 4), **load}  # fmt: skip
+    options = {
+        "port": service.port,
+        "path": "/v1/tokenize",
+        "as_form": service.as_form,
+        "files": photos,
+        "seconds": seconds,
+        "warm_up_s": min(2.0, seconds / 4),
+        **load,
+    }
     before, busy, started = cpu_s(service.pid), machine_cpu_s(), time.perf_counter()
     client = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.serve_load", json.dumps(options)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-        text=True, check=True,
+        text=True, check=True, timeout=seconds + _START_S,
     )  # fmt: skip
     wall = time.perf_counter() - started
     found: dict[str, Any] = json.loads(client.stdout)
@@ -187,8 +194,8 @@ def serving(*arguments: str) -> Iterator[Service]:
         else:
             port = _announced_port(process, lines)
             threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True).start()
-        _wait_until_it_answers(process, port, lines)
-        yield Service(process.pid, port)
+        _wait_until_it_answers(process, arguments[0], port, lines)
+        yield Service(process.pid, port, as_form=arguments[0] == "litserve")
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -214,23 +221,18 @@ def _announced_port(process: "subprocess.Popen[str]", lines: list[str]) -> int:
     raise RuntimeError("the service did not start:\n" + "".join(lines))
 
 
-def _wait_until_it_answers(process: "subprocess.Popen[str]", port: int, lines: list[str]) -> None:
-    """Post nothing until that is answered by anything but a 5xx."""
+def _wait_until_it_answers(
+    process: "subprocess.Popen[str]", kind: str, port: int, lines: list[str]
+) -> None:
     end = time.monotonic() + _START_S
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/tokenize", data=b"no picture", method="POST"
-    )
+    url = f"http://127.0.0.1:{port}{_PROBES.get(kind, '/readyz')}"
     while time.monotonic() < end and process.poll() is None:
         try:
-            urllib.request.urlopen(request, timeout=5).close()
-        except urllib.error.HTTPError as exc:
-            if exc.code < 500 and exc.code != 404:
-                return
-        except OSError:
-            pass
+            urllib.request.urlopen(url, timeout=5).close()
+        except OSError:  # nobody listens, or the answer is an error
+            time.sleep(0.1)
         else:
             return
-        time.sleep(0.1)
     raise RuntimeError("the service does not answer:\n" + "".join(lines[-20:]))
 
 

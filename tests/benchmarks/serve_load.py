@@ -26,6 +26,11 @@ except ImportError:
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 _BATCH = re.compile(rb"\r\nx-batch-size: *([0-9]+)", re.IGNORECASE)
+_FORM = (
+    b'--frontier\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n'
+    b"Content-Type: image/jpeg\r\n\r\n",
+    b"\r\n--frontier--\r\n",
+)
 
 
 class Connection(asyncio.Protocol):
@@ -58,7 +63,11 @@ class Connection(asyncio.Protocol):
             return
         head = self._received[:end]
         length = _LENGTH.search(head)
-        if length is None or len(self._received) < end + 4 + int(length[1]):
+        if length is not None:
+            is_whole = len(self._received) >= end + 4 + int(length[1])
+        else:
+            is_whole = self._received.endswith(b"\r\n0\r\n\r\n")  # of a body in chunks
+        if not is_whole:
             return
         batch = _BATCH.search(head)
         answered, self._answered = self._answered, None
@@ -69,11 +78,16 @@ class Connection(asyncio.Protocol):
 class Load:
     """What is sent, and what came of it."""
 
-    def __init__(self, port: int, files: list[str], path: str, warm_up_s: float) -> None:
-        """Join the requests."""
+    def __init__(
+        self, port: int, files: list[str], path: str, warm_up_s: float, *, as_form: bool
+    ) -> None:
+        """Join the requests; a form has the file as its field `file`."""
         self._port = port
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+        kind = "multipart/form-data; boundary=frontier" if as_form else "image/jpeg"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
         bodies = [Path(file).read_bytes() for file in files]
+        if as_form:
+            bodies = [_FORM[0] + body + _FORM[1] for body in bodies]
         self._requests = [
             f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies
         ]
@@ -166,7 +180,13 @@ class Load:
 def main() -> None:
     """Run what the argument says and print the report as JSON."""
     options = json.loads(sys.argv[1])
-    load = Load(options["port"], options["files"], options["path"], options["warm_up_s"])
+    load = Load(
+        options["port"],
+        options["files"],
+        options["path"],
+        options["warm_up_s"],
+        as_form=options["as_form"],
+    )
     before = time.process_time()
     if "rate" in options:
         work = load.open(options["rate"], options["seconds"])

@@ -18,9 +18,13 @@ class Api(litserve.LitAPI):
     def setup(self, device: Any) -> None:
         """Load nothing."""
 
-    async def decode_request(self, request: Request) -> bytes:
-        """Read the body."""
-        return await request.body()
+    def decode_request(self, request: Request) -> bytes:
+        """Take the file out of a form, whatever the annotation, by which LitServe goes, says.
+
+        LitServe reads forms and JSON, no raw bodies.
+        """
+        content: bytes = request["file"].file.read()
+        return content
 
     def batch(self, inputs: list[bytes]) -> list[bytes]:
         """Leave bodies as they are."""

@@ -19,14 +19,15 @@ from cache_builder.ray_jobs import map_units
 
 SETTINGS = {
     "num_units": 10, "seconds": 0.2, "workers": None, "poison": [], "patience": 20,
-    "gpus": 0, "at_once": 1, "hungry": [], "tries": 4,
+    "gpus": 0, "at_once": 1, "hungry": [], "tries": 4, "hurry": "",
 }  # fmt: skip
 BITE_BYTES = 50 << 20  # of a hungry unit, where memory is short
 
 
 class Waits:
-    def __init__(self, seconds, poison, hungry):
+    def __init__(self, seconds, poison, hungry, hurry):
         self.seconds, self.poison, self.hungry = seconds, poison, hungry
+        self.hurry = hurry  # a path: once something lies there, units do not wait any more
 
     def run(self, unit):
         import ray
@@ -43,7 +44,8 @@ class Waits:
                 time.sleep(0.05)
         before_s = time.time()
         logging.getLogger("cache_builder.waits").warning("skipped image of unit %d", unit)
-        time.sleep(self.seconds)
+        if not (self.hurry and Path(self.hurry).exists()):
+            time.sleep(self.seconds)
         return {
             "unit": unit,
             "pid": os.getpid(),
@@ -61,7 +63,9 @@ def main(address, settings):
     ray_cluster._HEAD_PATIENCE_S = settings["patience"]
     ray_jobs._MAX_TRIES = settings["tries"]
     finished = map_units(
-        lambda: Waits(settings["seconds"], settings["poison"], settings["hungry"]),
+        lambda: Waits(
+            settings["seconds"], settings["poison"], settings["hungry"], settings["hurry"]
+        ),
         range(settings["num_units"]),
         ClusterOptions(address, settings["workers"], settings["gpus"]),
         job="waiting",

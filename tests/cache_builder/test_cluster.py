@@ -149,12 +149,17 @@ def test_nodes_get_the_package_with_its_kernels_and_each_warning_is_told_once(cl
     assert all("py_modules_files" in package for package in packages), packages
     if LIBRARY.is_file():
         assert all(line["has_kernels"] for line in job.finished)
-    assert sorted(err.splitlines()) == sorted(f"skipped image of unit {i}" for i in range(12))
+    # On a busy machine workers may come so late that the wait for them is told as well.
+    told = [line for line in err.splitlines() if not line.startswith("waiting for the cluster")]
+    assert sorted(told) == sorted(f"skipped image of unit {i}" for i in range(12))
 
 
-def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewhere(cluster):
+def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewhere(
+    cluster, tmp_path
+):
     # Five workers for three CPUs: two of them are pending, and hold up nothing.
-    job = Job(cluster.address, num_units=150, seconds=0.5, workers=5)
+    hurry = tmp_path / "hurry"
+    job = Job(cluster.address, num_units=900, seconds=0.5, workers=5, hurry=str(hurry))
     try:
         job.wait_until(lambda: len(job.nodes) == 3)
         before = job.nodes
@@ -163,11 +168,13 @@ def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewher
         lost = next(line for line in job.finished if line["node"] not in before)
         cluster.remove_node(added, allow_graceful=False)
         os.kill(lost["pid"], signal.SIGKILL)  # its machine is gone, not its raylet alone
+        job.wait_until(lambda: any("a worker was lost at unit" in line for line in job.err))
+        hurry.touch()
         status, err = job.end()
     finally:
         job.process.kill()
     assert status == 0, err
-    assert job.units == list(range(150))
+    assert job.units == list(range(900))
     assert "a worker was lost at unit" in err
 
 

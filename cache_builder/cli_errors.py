@@ -9,6 +9,7 @@ from cache_builder.errors import PatchCacheError
 _ALLOCATION_FAILED = "can't allocate memory"
 
 _STOPPED = (130, 143)  # what typer makes of a KeyboardInterrupt, and `ray_cluster` of SIGTERM
+_GOES_ON = "stopped; the same command continues"
 
 _EXTRA_OF_COMMAND = {
     "fit": "build", "build": "build", "verify": "build", "inspect": "build",
@@ -54,9 +55,12 @@ def one_line_errors() -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(1)
+    except KeyboardInterrupt:  # before typer has begun, which would end with this status
+        print(_GOES_ON, file=sys.stderr)
+        sys.exit(_STOPPED[0])
     except SystemExit as exc:
         if exc.code in _STOPPED:
-            print("stopped; the same command continues", file=sys.stderr)
+            print(_GOES_ON, file=sys.stderr)
         raise
 
 

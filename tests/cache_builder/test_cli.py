@@ -253,3 +253,9 @@ def test_too_little_memory_is_one_line(error, capsys):
 def test_an_error_of_ours_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"), one_line_errors():
         raise RuntimeError("a bug")
+
+
+def test_ctrl_c_before_a_command_has_begun_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="130"), one_line_errors():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "stopped; the same command continues\n"

@@ -1,8 +1,10 @@
 """A cluster of several raylets, a build on it, and what can happen to both."""
 
+import contextlib
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -87,6 +89,15 @@ class Story(NamedTuple):
     num_runs: int
 
 
+def wait_for_the_command(process: "subprocess.Popen[bytes]") -> None:
+    """Wait until a program is past Python's own start, where Ctrl-C is a traceback."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            if "libtorch" in Path(f"/proc/{process.pid}/maps").read_text():
+                return
+        time.sleep(0.02)
+
+
 def disturb(
     words: list[Any],
     out: str | Path,
@@ -124,6 +135,7 @@ def disturb(
                 elif moment.kind == "driver":
                     process.send_signal(signal.SIGKILL)
                 else:
+                    wait_for_the_command(process)
                     process.send_signal(signal.SIGINT)
                 if moment.kind in {"driver", "interrupt"}:
                     break

@@ -26,6 +26,8 @@ def pytest_configure():
     # A shell starts what it puts into the background with Ctrl-C ignored, and that is inherited.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Ray's workers are nice to other processes by default, and starve on a busy machine.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     # The same examples every time, and however long they take on a busy machine.
     settings.register_profile(
         "calm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -84,8 +86,6 @@ def ray_cluster():
 
     from cache_builder.ray_cluster import start_patiently
 
-    # Ray's workers are nice to other processes by default, and starve on a busy machine.
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     start_patiently(
         lambda: ray.init(
             address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR,

@@ -139,19 +139,26 @@ def test_a_fit_spread_over_raylets_gives_the_bytes_of_a_fit_on_one_machine(
     ]  # fmt: skip
 
 
-def test_nodes_get_the_package_with_its_kernels_and_each_warning_is_told_once(cluster_address):
-    job = Job(cluster_address, num_units=12)
-    status, err = job.end()
+def test_nodes_get_the_package_with_its_kernels_and_each_warning_is_told_once(
+    cluster_address, tmp_path
+):
+    hurry = tmp_path / "hurry"
+    job = Job(cluster_address, num_units=900, seconds=0.5, hurry=str(hurry))
+    try:
+        job.wait_until(lambda: len(job.nodes) == 3)
+        hurry.touch()
+        status, err = job.end()
+    finally:
+        job.process.kill()
     assert status == 0, err
-    assert job.units == list(range(12))
-    assert len(job.nodes) == 3
+    assert job.units == list(range(900))
     packages = {line["package"] for line in job.finished}
     assert all("py_modules_files" in package for package in packages), packages
     if LIBRARY.is_file():
         assert all(line["has_kernels"] for line in job.finished)
     # On a busy machine workers may come so late that the wait for them is told as well.
     told = [line for line in err.splitlines() if not line.startswith("waiting for the cluster")]
-    assert sorted(told) == sorted(f"skipped image of unit {i}" for i in range(12))
+    assert sorted(told) == sorted(f"skipped image of unit {i}" for i in range(900))
 
 
 def test_a_node_that_joins_gets_units_and_those_of_a_lost_node_are_done_elsewhere(

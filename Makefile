@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA ?=
 # The tests on two processes: one for those that start clusters, one for the others (conftest.py).
-# A test that fails runs once more: clusters of real processes share the machine with the others.
-PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 1
+# A test that fails runs up to twice more: clusters of real processes share the machine with the others.
+PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 --reruns-delay 5
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
 .PHONY: demo test check bench clean

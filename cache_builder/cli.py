@@ -299,7 +299,7 @@ def build(
     if extend:
         from cache_builder import extend as extension
 
-        refuse_given(context, "--extend", _SETTLED)
+        refuse_given(context, _SETTLED, "cannot be given with --extend: the cache has settled it")
         with BuildProgress() as progress:
             summary = extension.run(
                 extension.ExtendOptions(

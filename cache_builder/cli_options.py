@@ -75,8 +75,8 @@ TrainingMethod = Annotated[
 ]
 
 
-def refuse_given(context: typer.Context, option: str, names: tuple[str, ...]) -> None:
-    """Refuse options that have no meaning beside `option`.
+def refuse_given(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
+    """Refuse options that would be ignored.
 
     Raises:
         ConfigError: One of `names` is on the command line.
@@ -84,10 +84,7 @@ def refuse_given(context: typer.Context, option: str, names: tuple[str, ...]) ->
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise ConfigError(
-                f"--{name.replace('_', '-')} cannot be given with {option}: the cache has settled "
-                "it. Leave it out."
-            )
+            raise ConfigError(f"--{name.replace('_', '-')} {reason}. Leave it out.")
 
 
 def _numbers(option: str, text: str, count: int) -> list[float]:

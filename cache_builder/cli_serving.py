@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cache_builder.cli_options import Device, RayAddress, Weights
+from cache_builder.cli_options import Device, RayAddress, Weights, refuse_given
 from cache_builder.errors import ConfigError
 
 _FOR_RAY = ("replicas", "min_replicas", "max_replicas", "gpus_per_replica", "cpus_per_replica")
@@ -154,7 +154,7 @@ def serve(
         docs=docs,
     )
     if not ray:
-        _refuse(context, _FOR_RAY, "has no meaning without --ray")
+        refuse_given(context, _FOR_RAY, "has no meaning without --ray")
         from tokenizers_svc import serve as service
 
         service.run(
@@ -166,7 +166,7 @@ def serve(
             otlp_endpoint=otlp_endpoint,
         )
         return
-    _refuse(context, ("metrics_port", "otlp_endpoint"), "is not for replicas on Ray")
+    refuse_given(context, ("metrics_port", "otlp_endpoint"), "is not for replicas on Ray")
     from tokenizers_svc import ray_serve
 
     if (min_replicas is None) != (max_replicas is None):
@@ -186,15 +186,3 @@ def serve(
         port=port,
         insecure=insecure,
     )
-
-
-def _refuse(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
-    """Refuse options that would be ignored.
-
-    Raises:
-        ConfigError: One of `names` is on the command line.
-    """
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise ConfigError(f"--{name.replace('_', '-')} {reason}. Leave it out.")

@@ -15,14 +15,14 @@ from PIL import Image
 from cache_builder.files import sha256_bytes
 from cache_builder.formats.codebook import Codebook
 from cache_builder.imaging import unpatchify
-from tokenizers_svc.forms import npy_header
+from tokenizers_svc.forms import NPY, npy_header
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import CodebookFile, Served
 
 FileKind = Literal["npy", "png", "safetensors"]
 
 MEDIA_TYPES: dict[FileKind, str] = {
-    "npy": "application/x-npy",
+    "npy": NPY,
     "png": "image/png",
     "safetensors": "application/octet-stream",
 }
@@ -40,7 +40,7 @@ def make_file(served: Served, kind: FileKind) -> CodebookFile:
         values = np.ascontiguousarray(little).data.cast("B")
         header = npy_header(little.shape, little.dtype.str)
         return CodebookFile((header, values), f'"{codebook.header.digest}-npy"')
-    if kind == "png" and not served.decodes_to_pixels:
+    if kind == "png" and not served.codebook.decodes_to_pixels:
         raise not_decodable(served)
     content = codebook.to_bytes() if kind == "safetensors" else _atlas(codebook)
     return CodebookFile((content,), f'"{sha256_bytes(content)}"')

@@ -115,13 +115,7 @@ class Served:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of one picture's ids: (rows, cols), or (rows, cols, M) with M > 1 stages."""
-        stages = self.codebook.num_stages
-        return (*self.codebook.pixel_rule.grid, *([stages] if stages > 1 else []))
-
-    @cached_property
-    def decodes_to_pixels(self) -> bool:
-        """Whether centroids are pictures."""
-        return self.codebook.extractor.id == "pixel" and self.codebook.metric == "l2"
+        return self.codebook.ids_shape
 
     @cached_property
     def decoder(self) -> PatchTokenizer:

@@ -86,7 +86,7 @@ def describe(served: Served, service: TokenizeService) -> ModelInfo:
         extractor=codebook.extractor.id,
         dtype=str(codebook.centroids.dtype),
         digest=codebook.header.digest,
-        decodes_to_pixels=served.decodes_to_pixels,
+        decodes_to_pixels=served.codebook.decodes_to_pixels,
         device=str(served.device),
         limits=service.limits,
     )

@@ -102,7 +102,7 @@ async def reconstruct(
 def _begin(request: Request, model: str | None, *names: str) -> tuple[TokenizeService, Served]:
     service, served = begin(request, model)
     check_query(request, *names)
-    if not served.decodes_to_pixels:
+    if not served.codebook.decodes_to_pixels:
         raise not_decodable(served)
     return service, served
 

@@ -47,7 +47,7 @@ class TokenColours:
         """Take the codebook of a cache, and its grid."""
         centroids = codebook.centroids[0]
         self._grid = grid
-        if codebook.extractor.id == "pixel" and codebook.metric == "l2":
+        if codebook.decodes_to_pixels:
             p = codebook.pixel_rule.patch_size
             self.tiles = torch.from_numpy(centroids.astype(np.float32) / 255).view(-1, 3, p, p)
         else:

@@ -177,6 +177,17 @@ class Codebook:
         """D, length of a centroid."""
         return int(self.centroids.shape[2])
 
+    @property
+    def ids_shape(self) -> tuple[int, ...]:
+        """Of the token ids of one view: (rows, cols), or (rows, cols, M) with M > 1 stages."""
+        stages = (self.num_stages,) if self.num_stages > 1 else ()
+        return (*self.pixel_rule.grid, *stages)
+
+    @property
+    def decodes_to_pixels(self) -> bool:
+        """Whether centroids are pixels, so that token ids can be decoded to a picture."""
+        return self.extractor.id == "pixel" and self.metric == "l2"
+
     def to_bytes(self) -> bytes:
         """Return the file's content; the same codebook gives the same bytes."""
         header = files.canonical_json(self.header.model_dump(mode="json")).decode()

@@ -79,7 +79,7 @@ class PatchTokenizer:
     @property
     def decodes_to_pixels(self) -> bool:
         """Whether centroids are pictures, so that `decode` works."""
-        return self.codebook.extractor.id == "pixel" and self.codebook.metric == "l2"
+        return self.codebook.decodes_to_pixels
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return what is quantised: (B, N, D), of unit length for a cosine codebook.
@@ -112,11 +112,9 @@ class PatchTokenizer:
             ValueError: `pixels` has another shape or type.
         """
         ids = [self._encode_batch(batch) for batch in pixels.split(_VIEWS_PER_BATCH)]
-        stages = self.codebook.num_stages
         if not ids:
-            ids = [torch.empty(0, stages, dtype=torch.int64)]
-        shape = (len(pixels), *self.grid, stages) if stages > 1 else (len(pixels), *self.grid)
-        return torch.cat(ids).view(shape)
+            ids = [torch.empty(0, self.codebook.num_stages, dtype=torch.int64)]
+        return torch.cat(ids).view(len(pixels), *self.codebook.ids_shape)
 
     def decode(self, token_ids: Tensor) -> Tensor:
         """Return the pictures that token ids stand for.
@@ -136,12 +134,12 @@ class PatchTokenizer:
                 f"Centroids of {self.codebook.extractor.id} with metric {self.codebook.metric} "
                 "are not pixels; only l2 codebooks of pixels can be decoded to pictures."
             )
-        stages = self.codebook.num_stages
-        shape = (*self.grid, stages) if stages > 1 else self.grid
+        shape = self.codebook.ids_shape
         if token_ids.shape[1:] != shape:
             raise ValueError(f"token ids must be (B, *{shape}), not {tuple(token_ids.shape)}")
         num_patches = self.grid[0] * self.grid[1]
-        ids = token_ids.to(self.device, torch.int64).reshape(-1, num_patches, stages)
+        ids = token_ids.to(self.device, torch.int64)
+        ids = ids.reshape(-1, num_patches, self.codebook.num_stages)
         patches = self.quantizer.decode(ids).round().clamp(0, 255).to(torch.uint8)
         return unpatchify(patches, self.grid, self.pixel_rule.patch_size).cpu()
 

@@ -119,13 +119,20 @@ class BatchBody(BaseModel, frozen=True, extra="forbid"):
     items: list[PictureBody] = Field(min_length=1)
 
 
-async def read_picture(request: Request, upload: Upload, limits: Limits) -> Picture:
-    """Return the picture of a request; the query may name the view, or the body.
+async def read_picture(
+    request: Request, upload: Upload, limits: Limits, view: View | None
+) -> Picture:
+    """Return the picture of a request.
+
+    Args:
+        request: Whose body it is.
+        upload: The body.
+        limits: Of the service.
+        view: The view that the query names; the body may name it too if the query does not.
 
     Raises:
         ProblemError: 400, 408 or 413.
     """
-    view = parse_view(request.query_params.get("view"))
     kind = kind_of(request)
     if kind == "raw":
         return Picture(await upload.read(), view)

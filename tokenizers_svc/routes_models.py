@@ -101,7 +101,7 @@ async def _get_file(request: Request, model: str, kind: FileKind, digest: str | 
         )
     file = served.files.get(kind)
     if file is None:
-        file = await service.in_decoder(make_file, served, kind)
+        file = await service.in_thread(make_file, served, kind)
         served.files[kind] = file
     lifetime = "no-cache" if digest is None else f"public, max-age={_A_YEAR_S}, immutable"
     return content_response(

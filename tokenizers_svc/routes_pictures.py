@@ -62,7 +62,7 @@ async def detokenize(
                     "not-acceptable", "Several pictures come as one npy file: add format=npy."
                 )
             place.hold_pictures(len(grids.ids))
-            content = await service.in_decoder(_decode, served, grids.ids, grids.is_batch, form)
+            content = await service.in_thread(_decode, served, grids.ids, grids.is_batch, form)
     record: RequestRecord = request.state.record
     record.num_images = len(grids.ids)
     record.add_stage("read", read_s, ended=record.started + read_s)
@@ -80,17 +80,17 @@ async def reconstruct(
     X-PSNR says how near it is to the resized view, in dB.
     """
     service, served = _begin(request, model, "model", "view", "format")
-    parse_view(view)
+    box = parse_view(view)
     form = picture_form or "png"
     upload = Upload(request, service.limits, service.limits.max_body_bytes)
     with service.admit(served, upload):
         async with deadline(time_allowed(request, service.limits.request_deadline_s)):
             started = time.perf_counter()
-            picture = await read_picture(request, upload, service.limits)
+            picture = await read_picture(request, upload, service.limits, box)
             read_s = time.perf_counter() - started
             work = _reconstruct(service, served, picture)
             left = await while_connected(request, work)
-            content = await service.in_decoder(_encode, left.pixels, form)
+            content = await service.in_thread(_encode, left.pixels, form)
     note_outcomes(request, read_s, [left.outcome])
     headers = {
         **timing_headers(read_s, [left.outcome]),
@@ -111,7 +111,7 @@ async def _reconstruct(
     service: TokenizeService, served: Served, picture: Picture
 ) -> Reconstruction:
     outcome = await service.tokenize(served, picture, None)
-    return await service.in_decoder(_compare, service, served, picture, outcome)
+    return await service.in_thread(_compare, service, served, picture, outcome)
 
 
 def _compare(

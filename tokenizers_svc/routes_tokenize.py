@@ -79,12 +79,12 @@ async def tokenize(
     check_query(request, "model", "view", "soft_top_k", "soft_temperature")
     soft = _soft(served, soft_top_k, soft_temperature, service.limits)
     form = choose_form(request, *(_FIELD_FORMS if soft else _ALL_FORMS))
-    parse_view(view)
+    box = parse_view(view)
     upload = Upload(request, service.limits, service.limits.max_body_bytes)
     with service.admit(served, upload):
         async with deadline(time_allowed(request, service.limits.request_deadline_s)):
             started = time.perf_counter()
-            picture = await read_picture(request, upload, service.limits)
+            picture = await read_picture(request, upload, service.limits, box)
             read_s = time.perf_counter() - started
             work = service.tokenize(served, picture, soft)
             outcome = await while_connected(request, work)
@@ -168,7 +168,7 @@ async def _tokenize_all(
         ProblemError: 413, they are too large together; 503, the tokenizer has gone.
     """
     bodies = [picture.data for picture in pictures]
-    await service.in_decoder(check_total_pixels, bodies, service.limits)
+    await service.in_thread(check_total_pixels, bodies, service.limits)
     work = (service.tokenize(served, picture, None) for picture in pictures)
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:

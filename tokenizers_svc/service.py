@@ -58,9 +58,9 @@ class TokenizeService:
         self.pixels = PixelBudget(self.limits.max_decoding_pixels)
         self.is_draining = False
         self.door = Door(self.limits, self._seconds_per_picture)
-        self._decoders = ThreadPoolExecutor(
+        self._threads = ThreadPoolExecutor(
             self.limits.decode_threads,
-            thread_name_prefix="decode",
+            thread_name_prefix="helper",
             # The pool is the parallelism; threads of torch within its threads fight for cores.
             initializer=torch.set_num_threads,
             initargs=(1,),
@@ -95,7 +95,7 @@ class TokenizeService:
         self.is_draining = True
         await self.reloader.close()
         await self.registry.close()
-        await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     def complaint(self) -> str | None:
         """Return how a model is stuck, None when none is. To be asked every few seconds."""
@@ -148,9 +148,9 @@ class TokenizeService:
         key = Key(digest, served.fingerprint, picture.view, soft)
         return await self.kept.get(key, lambda: self._tokenize(served, picture, key))
 
-    async def in_decoder(self, work: Callable[..., T], *args: Any) -> T:
-        """Return what `work` gives in a thread of the pool that decodes pictures."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *args)
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Return what `work` gives in a thread, where it holds up neither loop nor batch."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     async def _tokenize(self, served: Served, picture: Picture, key: Key) -> Outcome:
         rule, max_pixels = served.codebook.pixel_rule, self.limits.max_pixels
@@ -178,7 +178,7 @@ class TokenizeService:
     async def _sha256(self, data: bytes) -> str:
         if len(data) <= _HASHED_INLINE_BYTES:
             return hashlib.sha256(data).hexdigest()
-        return await self.in_decoder(lambda: hashlib.sha256(data).hexdigest())
+        return await self.in_thread(lambda: hashlib.sha256(data).hexdigest())
 
     def _seconds_per_picture(self) -> float:
         """Return what a picture costs the slowest of the models."""

@@ -1,10 +1,17 @@
 """Servers that tests read and write: a web server with moods, and Google Cloud Storage."""
 
 import contextlib
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote
 from xml.sax.saxutils import escape
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 class FileServer:

@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 from tests import factories
 from tests.conftest import DATA
+from tests.servers import free_port
 from tokenizers_svc.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -356,12 +356,6 @@ def machine_cpu_s() -> float:
     numbers = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     user, nice, system, _, _, irq, softirq = (int(number) for number in numbers[:7])
     return (user + nice + system + irq + softirq) / _TICKS_PER_S
-
-
-def free_port() -> int:
-    """Return a port that nothing listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

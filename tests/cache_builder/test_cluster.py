@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,18 +20,12 @@ from cache_builder.ray_cluster import ClusterOptions, connect
 from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
 from tests.clusters import add_node, new_cluster
-from tests.servers import FileServer
+from tests.servers import FileServer, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("ray_driver.py")
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

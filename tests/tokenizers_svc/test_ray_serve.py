@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from cache_builder.errors import ArtifactError, ConfigError
+from tests.servers import free_port
 from tests.tokenizers_svc.support import (
     ROOT,
     check_problem,
@@ -28,11 +29,6 @@ from tokenizers_svc import ray_proxy, ray_serve
 from tokenizers_svc.options import ServiceOptions
 
 START_S = 200  # Ray starts five processes of Python, one after the other
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 class Service:

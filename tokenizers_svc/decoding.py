@@ -100,7 +100,8 @@ def check_total_pixels(bodies: Iterable[bytes], limits: Limits) -> None:
 
 def _image_problem(error: ImageError, max_pixels: int) -> ProblemError:
     """Tell what the decoder's exception stands for."""
-    detail = f"The picture is refused: {error}."
+    # Some decoders end their reasons with a full stop, some do not.
+    detail = f"The picture is refused: {str(error).rstrip('.')}."
     if isinstance(error.__cause__, UnidentifiedImageError):
         return ProblemError("not-an-image", detail)
     if isinstance(error, ImageTooLargeError):

@@ -1,5 +1,6 @@
 """What is refused, and what the client is told."""
 
+import re
 import struct
 import zlib
 
@@ -67,6 +68,11 @@ def test_a_bad_picture_is_refused_with_a_reason_and_the_next_one_is_served(clien
 def test_a_refused_picture_comes_with_the_decoders_reason(client):
     problem = post(client, encode_image(draw(mode="F"), "TIFF")).json()
     assert "no defined range; convert them to 8 or 16 bits" in problem["detail"]
+
+
+def test_a_reason_ends_in_one_full_stop_whoever_gave_it(client):
+    for body in (jpeg()[: len(jpeg()) // 2], encode_image(draw(mode="F"), "TIFF")):
+        assert re.search(r"[^.]\.$", post(client, body).json()["detail"])
 
 
 def test_a_refusal_never_repeats_the_input(client):

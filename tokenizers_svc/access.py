@@ -204,12 +204,16 @@ def check_exposure(host: str, access: Access, *, insecure: bool) -> None:
     Raises:
         ConfigError: The address is not of the loopback, and there are no keys.
     """
-    if insecure or access.is_restricted or _is_loopback(host):
-        return
-    raise ConfigError(
-        f"Whoever can reach {host} could use the service: it has no keys. Pass a file of keys with "
-        "--key-file, listen at 127.0.0.1, or say --insecure."
-    )
+    if is_exposed(host, access) and not insecure:
+        raise ConfigError(
+            f"Whoever can reach {host} could use the service: it has no keys. Pass a file of keys "
+            "with --key-file, listen at 127.0.0.1, or say --insecure."
+        )
+
+
+def is_exposed(host: str, access: Access) -> bool:
+    """Whether strangers can reach a service at this address that asks for no key."""
+    return not access.is_restricted and not _is_loopback(host)
 
 
 def _is_loopback(host: str) -> bool:

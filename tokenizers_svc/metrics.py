@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     GCCollector,
     Histogram,
     ProcessCollector,
@@ -172,9 +171,6 @@ class _Maker:
 
     def counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"patchcache_{name}", text, labels, registry=self._registry)
-
-    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"patchcache_{name}", text, labels, registry=self._registry)
 
     def histogram(self, name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
         return Histogram(

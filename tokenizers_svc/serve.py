@@ -30,7 +30,7 @@ from prometheus_client import start_http_server
 from pydantic import SecretStr
 
 from cache_builder.errors import ConfigError, PatchCacheError
-from tokenizers_svc.access import check_exposure
+from tokenizers_svc.access import check_exposure, is_exposed
 from tokenizers_svc.app import create_app
 from tokenizers_svc.connections import bounded_config
 from tokenizers_svc.limits import Limits
@@ -113,7 +113,7 @@ def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     thread = threading.Thread(target=server.run, args=([listener],), name="http", daemon=True)
     with listener, caught_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         thread.start()
-        _announce(service, host, listener.getsockname()[1])
+        announce(app, host, listener.getsockname()[1])
         was_asked = _wait_for_end(app, thread, signals)
         is_stuck = service.complaint() is not None
         server.should_exit = True
@@ -220,7 +220,9 @@ def listen(host: str, port: int) -> socket.socket:
         ) from exc
 
 
-def _announce(service: TokenizeService, host: str, port: int) -> None:
+def announce(app: FastAPI, host: str, port: int) -> None:
+    """Log what is served where, how to try it, and who may use it."""
+    service: TokenizeService = app.state.service
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     for served in service.registry:
         rows, cols = served.codebook.pixel_rule.grid
@@ -233,5 +235,5 @@ def _announce(service: TokenizeService, host: str, port: int) -> None:
             url,
         )
     logger.info("try: curl --data-binary @photo.jpg %s/v1/tokenize", url)
-    if host not in ("127.0.0.1", "::1", "localhost"):
+    if is_exposed(host, app.state.access):
         logger.warning("whoever can reach %s may use it: there is no authentication", url)

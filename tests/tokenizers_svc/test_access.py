@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from cache_builder.errors import ConfigError
-from tests.tokenizers_svc.support import check_problem
+from tests.tokenizers_svc.support import check_problem, make_tokenizer
 from tokenizers_svc.access import (
     Access,
     AccessControl,
@@ -19,9 +19,10 @@ from tokenizers_svc.access import (
     allow_origins,
     check_exposure,
 )
+from tokenizers_svc.app import create_app
 from tokenizers_svc.middleware import CommonHeaders
 from tokenizers_svc.options import ServiceOptions
-from tokenizers_svc.serve import with_environment
+from tokenizers_svc.serve import announce, with_environment
 
 USER = "user-key-0123456789"
 OTHER = "another-key-0123456789"
@@ -242,6 +243,14 @@ def test_strangers_are_not_served_without_keys(host, access):
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_at_the_loopback_no_keys_are_needed(host):
     check_exposure(host, Access(AccessOptions()), insecure=False)
+
+
+@pytest.mark.parametrize(("keys", "is_warned"), [((), True), ((USER,), False)])
+def test_the_log_warns_of_a_service_without_keys_alone(caplog, keys, is_warned):
+    options = ServiceOptions(access=AccessOptions(keys=keys))
+    with caplog.at_level("INFO"):
+        announce(create_app(make_tokenizer(), options=options), "192.0.2.1", 8000)
+    assert ("there is no authentication" in caplog.text) == is_warned
 
 
 def test_keys_come_from_the_environment_too(monkeypatch):

@@ -9,13 +9,16 @@ DATA ?=
 PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 --reruns-delay 5
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test integration check bench clean
 
 demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo DATA=/path/to/folder
 	$(BIN)/python -m cache_builder.demo --out demo $(if $(DATA),--data "$(DATA)")
 
 test: $(INSTALLED)  ## the tests
 	$(BIN)/python $(PYTEST)
+
+integration: $(INSTALLED)  ## clusters of several hosts, which need root and minutes
+	$(BIN)/python -m pytest -m hosts tests/integration
 
 check: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -64,6 +64,8 @@ def pytest_runtest_protocol(item):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("network") and "network" not in item.config.option.markexpr:
         pytest.skip("downloads weights or data; ask for it with -m network")
+    if item.get_closest_marker("hosts") and "hosts" not in item.config.option.markexpr:
+        pytest.skip("takes minutes and a machine; `make integration` runs it")
     if item.get_closest_marker("gpu"):
         import torch
 

@@ -9,7 +9,7 @@ DATA ?=
 PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 --reruns-delay 5
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
-.PHONY: demo test integration check bench clean
+.PHONY: demo test integration check bench docs clean
 
 demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo DATA=/path/to/folder
 	$(BIN)/python -m cache_builder.demo --out demo $(if $(DATA),--data "$(DATA)")
@@ -29,6 +29,9 @@ check: $(INSTALLED)  ## style, types, import contracts
 bench: $(INSTALLED)  ## every benchmark, each prints its table
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
+docs: $(INSTALLED)  ## the documents as a site: open .site/index.html
+	$(BIN)/zensical build --clean --strict --config-file .zensical.toml
+
 $(VENV): $(INSTALLED)  ## only the environment
 
 $(INSTALLED): pyproject.toml deploy/constraints.txt deploy/build_hook.py $(KERNELS)
@@ -40,4 +43,4 @@ $(INSTALLED): pyproject.toml deploy/constraints.txt deploy/build_hook.py $(KERNE
 	touch $@
 
 clean:  ## what the targets made
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo .site .mypy_cache .ruff_cache .pytest_cache

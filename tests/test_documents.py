@@ -23,10 +23,10 @@ def test_the_reader_in_the_formats_page_reads_the_golden_cache(monkeypatch, caps
     assert capsys.readouterr().out.splitlines()[0] == "a/000 (3, 4, 4) uint16"
 
 
-def test_the_readme_reads_a_cache(monkeypatch, capsys):
+def test_the_page_on_caches_reads_one(monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "tests" / "golden" / "v1")
-    reader, _ = code_blocks(ROOT / "README.md", "python")
-    exec(compile(reader.replace('"cache"', '"webdataset"'), "README.md", "exec"), {})
+    (reader,) = code_blocks(ROOT / "docs" / "caches.md", "python")
+    exec(compile(reader.replace('"cache"', '"webdataset"'), "caches.md", "exec"), {})
     assert capsys.readouterr().out.split()[0] == "a/000"
 
 
@@ -48,7 +48,7 @@ def photos(tmp_path, monkeypatch):
 
 
 def test_the_readme_asks_a_service(client, photos, capsys):
-    _, asking = code_blocks(ROOT / "README.md", "python")
+    (asking,) = code_blocks(ROOT / "README.md", "python")
     asking = asking.replace("http://127.0.0.1:8000", str(client.base_url))
     exec(compile(asking, "README.md", "exec"), {})
     out = capsys.readouterr().out

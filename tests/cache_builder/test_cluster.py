@@ -19,7 +19,7 @@ from cache_builder.errors import ConfigError
 from cache_builder.ray_cluster import ClusterOptions, connect
 from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
-from tests.clusters import add_node, new_cluster
+from tests.clusters import add_node, descendants, new_cluster, wait_for_end
 from tests.servers import FileServer, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -295,13 +295,6 @@ def metrics_of(cluster):
     return "\n".join(pages)
 
 
-def wait_for_end(pids, timeout_s=60):
-    started_s = time.monotonic()
-    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() - started_s < timeout_s, alive
-        time.sleep(0.1)
-
-
 def test_what_workers_count_is_on_the_metrics_pages_until_a_stop_ends_them_all(cluster):
     job = Job(cluster.address, num_units=1000, seconds=0.1)
     try:
@@ -387,15 +380,6 @@ def test_a_head_node_that_is_gone_is_one_line(process):
     last = err.splitlines()[-1]
     assert f"The head node of the Ray cluster at {address} is gone" in last
     assert "Run the same command again" in last
-
-
-def descendants(pid):
-    """Return the processes below one, as Linux lists them."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [found for child in children for found in (int(child), *descendants(child))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])

@@ -5,6 +5,12 @@
     python tests/benchmarks/bench_serve.py --only peers     # LitServe and Ray Serve in front of it
     python tests/benchmarks/bench_serve.py --quick          # short runs, for a look
 
+LitServe is no dependency of this project. Where it is not installed here, an environment that has
+it may be named:
+
+    python -m venv /tmp/peers && /tmp/peers/bin/pip install litserve python-multipart
+    python tests/benchmarks/bench_serve.py --only peers --peer-python /tmp/peers/bin/python
+
 Data: photographs (`../shared/data/photos` or $PATCHCACHE_TEST_DATA/photos; drawn ones where there
 are none). Codebooks: 8,192 patches of the photographs, and 8,192 features of a ViT-tiny with random
 weights: what they cost, not what they are worth. Kept answers are off.
@@ -28,7 +34,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +60,7 @@ NUM_PHOTOS = 120
 NUM_CORES = len(os.sched_getaffinity(0))
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _START_S = 120
-_PEERS = {"litserve": "litserve", "ray": "ray[serve]"}
+_PEERS = {"litserve": "litserve python-multipart", "ray": "'ray[serve]'"}  # modules, to install
 _PROBES = {"litserve": "/health", "ray": "/-/healthz"}
 
 
@@ -71,7 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", choices=("cpu", "device", "peers"))
     parser.add_argument("--quick", action="store_true", help="short runs")
+    parser.add_argument(
+        "--peer-python", metavar="PATH", help="interpreter for peers that are not installed here"
+    )
     args = parser.parse_args()
+    if args.peer_python and args.only != "peers":
+        parser.error("--peer-python is for --only peers")
     seconds = 2.0 if args.quick else 10.0
     console = Console(width=130)
     console.print(f"torch {torch.__version__}, {NUM_CORES} cores")
@@ -81,9 +92,10 @@ def main() -> None:
             for name, codebook in make_codebooks(Path(scratch), photos).items():
                 console.print(cpu_table(name, codebook, photos, seconds))
         if args.only in (None, "device"):
-            console.print(device_table(photos, seconds / 2, ["device"]))
+            console.print(device_table(photos, seconds / 2, {"device": sys.executable}))
         if args.only == "peers":
-            console.print(device_table(photos, seconds / 2, ["device", *_PEERS], console))
+            kinds = {"device": sys.executable, **find_peers(args.peer_python, console)}
+            console.print(device_table(photos, seconds / 2, kinds))
 
 
 def cpu_table(name: str, codebook: Path, photos: list[str], seconds: float) -> Table:
@@ -112,22 +124,34 @@ def cpu_table(name: str, codebook: Path, photos: list[str], seconds: float) -> T
     return table
 
 
-def device_table(
-    photos: list[str], seconds: float, kinds: Sequence[str], console: Console | None = None
-) -> Table:
-    """Measure services in front of the simulated accelerator."""
+def find_peers(other_python: str | None, console: Console) -> dict[str, str]:
+    """Return the interpreter that has each of the peers, and say which ones are nowhere."""
+    found = {}
+    for module, distributions in _PEERS.items():
+        if find_spec(module) is not None:
+            found[module] = sys.executable
+        elif other_python is not None and _has_module(other_python, module):
+            found[module] = other_python
+        else:
+            told = f"{module} is left out. To see it: pip install {distributions}"
+            console.print(told, markup=False)
+    return found
+
+
+def _has_module(python: str, module: str) -> bool:
+    search = f"import importlib.util; raise SystemExit(not importlib.util.find_spec({module!r}))"
+    return subprocess.run([python, "-c", search], check=False).returncode == 0
+
+
+def device_table(photos: list[str], seconds: float, kinds: dict[str, str]) -> Table:
+    """Measure services, each run by its interpreter, in front of the simulated accelerator."""
     table = Table(title="An accelerator that takes 5 + 0.2 n ms for a batch of n, at most 32")
     for heading in ("service", "clients", "images/s", "p50 ms", "p99 ms", "batch", "cpu", "client",
                     "others"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "service" else "right")
-    for kind in kinds:
-        module = kind if kind in _PEERS else "uvicorn"
-        if find_spec(module) is None:
-            assert console is not None
-            console.print(f"{kind} is left out. To see it: pip install '{_PEERS[kind]}'")
-            continue
+    for kind, python in kinds.items():
         port = [] if kind == "device" else [str(free_port())]
-        with serving(kind, *port) as service:
+        with serving(kind, *port, python=python) as service:
             for concurrency in (1, 8, 32, 64):
                 found = measure(service, photos[:1], seconds, concurrency=concurrency)
                 table.add_row(kind, str(concurrency), *cells(found, None))
@@ -178,10 +202,10 @@ def measure(service: Service, photos: list[str], seconds: float, **load: float) 
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[Service]:
+def serving(*arguments: str, python: str = sys.executable) -> Iterator[Service]:
     """Run a service until the block ends."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *_command(*arguments)],
+        [python, "-m", *_command(*arguments)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip

@@ -11,7 +11,6 @@ decoded in front of it, here or by the peers: it is the batching that is compare
 
 import logging
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,7 @@ import torch
 from torch import Tensor
 
 from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
-
-MAX_BATCH = 32
-WAIT_S = 0.005  # of the peers, for a batch to fill
-NUM_PATCHES = 196
-
-
-def wait_for_device(num_pictures: int) -> None:
-    """Take as long as a batch takes."""
-    time.sleep(0.005 + 0.0002 * num_pictures)
+from tests.benchmarks.accelerator import wait_for_device
 
 
 class Accelerator:

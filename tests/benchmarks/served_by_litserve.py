@@ -1,4 +1,4 @@
-"""The accelerator of `served.py` behind LitServe.
+"""The accelerator behind LitServe.
 
 python -m tests.benchmarks.served_by_litserve PORT
 """
@@ -9,7 +9,7 @@ from typing import Any
 import litserve
 from fastapi import Request
 
-from tests.benchmarks.served import MAX_BATCH, NUM_PATCHES, WAIT_S, wait_for_device
+from tests.benchmarks.accelerator import MAX_BATCH, NUM_PATCHES, WAIT_S, wait_for_device
 
 
 class Api(litserve.LitAPI):

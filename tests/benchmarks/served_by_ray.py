@@ -1,16 +1,18 @@
-"""The accelerator of `served.py` behind Ray Serve.
+"""The accelerator behind Ray Serve, on a Ray of its own, which ends with it.
 
 python -m tests.benchmarks.served_by_ray PORT
 """
 
 import asyncio
+import signal
 import sys
 from typing import Any
 
+import ray
 from ray import serve
 from starlette.requests import Request
 
-from tests.benchmarks.served import MAX_BATCH, NUM_PATCHES, WAIT_S, wait_for_device
+from tests.benchmarks.accelerator import MAX_BATCH, NUM_PATCHES, WAIT_S, wait_for_device
 
 
 @serve.deployment(max_ongoing_requests=8 * MAX_BATCH)
@@ -34,5 +36,12 @@ class Tokenizer:
 
 
 if __name__ == "__main__":
-    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-    serve.run(Tokenizer.bind(), route_prefix="/v1/tokenize", blocking=True)
+    # What replicas log is not sent here: that would take CPU time for every request.
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+        serve.run(Tokenizer.bind(), route_prefix="/v1/tokenize", blocking=True)
+    finally:
+        serve.shutdown()
+        ray.shutdown()

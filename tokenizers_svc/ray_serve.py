@@ -9,13 +9,18 @@ when all replicas are full or none is there, gets the form of our problems.
                was let in is answered, exit code 0
     SIGHUP     every replica reads its keys and codebooks again
 
-Codebooks and keys are read by the replicas: the files must lie where each node finds them.
+Codebooks and key files are read by the replicas: they must lie where each node finds them. Keys of
+the environment are those of the command, and travel with the options.
+
+A cluster has one Ray Serve, which this takes for itself: it refuses one that serves others, and
+ends it when it goes. What a command that was killed has left goes on serving until the next one.
 """
 
 import asyncio
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -30,7 +35,7 @@ from tokenizers_svc.limits import Limits
 from tokenizers_svc.options import ServiceOptions
 from tokenizers_svc.ray_proxy import proxy_middleware
 from tokenizers_svc.renewal import renew
-from tokenizers_svc.serve import listen
+from tokenizers_svc.serve import listen, with_environment
 from tokenizers_svc.service import TokenizeService
 from tokenizers_svc.signals import Signals, caught_signals, next_signal
 
@@ -48,6 +53,7 @@ _PATIENCE: Final = {
 }
 _NUM_STARTS: Final = 3
 _FAREWELL_S: Final = 2.0  # the proxy tells who still asks that nobody serves, before it is killed
+_PORT_S: Final = 10.0
 _ORDERS: Final = "orders"
 _POLL_S: Final = 0.5
 _OBEY_S: Final = 0.5  # between two looks of a replica for orders
@@ -85,15 +91,18 @@ def run(
 
     Raises:
         ArtifactError: There is no codebook, or it is damaged.
-        ConfigError: The options make no sense, or the port cannot be listened at.
+        ConfigError: The options make no sense, the port cannot be listened at, or others have the
+            Ray Serve of the cluster.
         MissingDependencyError: Ray Serve is not installed.
         WorkerLostError: No replica could start, or Ray gave up on them.
     """
+    options = with_environment(options)
     _check(replicas, port)
     check_exposure(host, Access(options.access), insecure=insecure)
     for path in options.codebooks.values():
         Codebook.load(path)  # the user's mistakes are told here, not in the log of a replica
-    listen(host, port).close()  # a port that is taken would be told in a log of Ray alone
+    if replicas.address is None:
+        listen(host, port).close()  # a port that is taken would be told in a log of Ray alone
     serve = _import_serve()
     environment = {
         _PROXY_CALLBACK: f"{proxy_middleware.__module__}.{proxy_middleware.__name__}",
@@ -106,16 +115,72 @@ def run(
         connect(where, env_vars=environment, packages=[Path(__file__).parent]) as cluster,
         caught_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
     ):
+        orders = _claim(cluster, serve)
         try:
+            _wait_for_port(host, port)
             _start(
                 cluster,
                 serve,
                 proxy_location="HeadOnly" if replicas.address is None else "EveryNode",
                 http_options={"host": host, "port": port, "keep_alive_timeout_s": 75},
             )
-            _supervise(cluster, serve, options, replicas, signals, f"http://{host}:{port}")
+            deployment = _deployment(serve, options, replicas)
+            target = serve.RunTarget(deployment.bind(), name=_APP, route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
+            _supervise(cluster, serve, orders, options, signals, f"http://{host}:{port}")
         finally:
             serve.shutdown()
+
+
+def _claim(cluster: Cluster, serve: Any) -> Any:
+    """Take the Ray Serve of a cluster; return the actor that gives orders, which others see.
+
+    Raises:
+        ConfigError: Somebody has it.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    others = sorted(serve.status().applications.keys() - {_APP})
+    if others:
+        raise ConfigError(
+            f"Ray Serve already serves {', '.join(others)} on this cluster, which has one Ray "
+            "Serve. Pass the --ray-address of another cluster, or stop it: serve shutdown"
+        )
+    here = cluster.ray.get_runtime_context().get_node_id()
+    actor_class = cluster.ray.remote(Orders).options(
+        name=_ORDERS,
+        namespace=_APP,
+        num_cpus=0,
+        # No other node takes the orders with it when it is lost.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+    )
+    try:
+        orders = actor_class.remote()
+    except ValueError as exc:  # the name is taken
+        raise ConfigError(
+            "Another `patchcache serve --ray` runs on this cluster. Stop it, or pass the "
+            "--ray-address of another cluster."
+        ) from exc
+    serve.shutdown()  # what a command that was killed has left
+    return orders
+
+
+def _wait_for_port(host: str, port: int) -> None:
+    """Wait until a proxy that was told to end has left the port of this node.
+
+    Raises:
+        ConfigError: Somebody listens there.
+    """
+    end_s = time.monotonic() + _PORT_S
+    while True:
+        try:
+            listen(host, port).close()
+        except ConfigError:
+            if time.monotonic() >= end_s:
+                raise
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 def _start(cluster: Cluster, serve: Any, **options: Any) -> None:
@@ -134,21 +199,17 @@ def _start(cluster: Cluster, serve: Any, **options: Any) -> None:
 def _supervise(
     cluster: Cluster,
     serve: Any,
+    orders: Any,
     options: ServiceOptions,
-    replicas: ReplicaOptions,
     signals: Signals,
     url: str,
 ) -> None:
-    """Deploy, obey signals, and come back when all that was let in is answered."""
-    actor = cluster.ray.remote(Orders).options(name=_ORDERS, namespace=_APP, num_cpus=0).remote()
-    deployment = _deployment(serve, options, replicas)
-    target = serve.RunTarget(deployment.bind(), name=_APP, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
+    """Obey signals, and come back when all that was let in is answered."""
     is_announced, before = False, ""
     while (number := next_signal(signals, _POLL_S)) in (None, signal.SIGHUP):
         if number == signal.SIGHUP:
             logger.info("SIGHUP: every replica reads its keys and codebooks again")
-            cluster.ray.get(actor.reload.remote())
+            cluster.ray.get(orders.reload.remote())
         known = serve.status()
         status = known.applications[_APP]
         if status.status == "DEPLOY_FAILED":
@@ -163,7 +224,7 @@ def _supervise(
             logger.info("try: curl --data-binary @photo.jpg %s/v1/tokenize", url)
     logger.info("%s: finishing what has begun", signal.Signals(number).name)
     if number == signal.SIGTERM:
-        cluster.ray.get(actor.drain.remote())
+        cluster.ray.get(orders.drain.remote())
         next_signal(signals, _OBEY_S + options.limits.drain_s)
     serve.delete(_APP)
     next_signal(signals, _FAREWELL_S)

@@ -5,19 +5,14 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 
 from cache_builder.errors import ArtifactError, ConfigError
 from tests.servers import free_port
+from tests.tokenizers_svc.replicas import START_S, Crowd, RayService, replicas_below
 from tests.tokenizers_svc.support import (
-    ROOT,
     check_problem,
     expected_ids,
     jpeg,
@@ -28,103 +23,16 @@ from tests.tokenizers_svc.support import (
 from tokenizers_svc import ray_proxy, ray_serve
 from tokenizers_svc.options import ServiceOptions
 
-START_S = 200  # Ray starts five processes of Python, one after the other
-
-
-class Service:
-    """`patchcache serve --ray`, its log and its replicas."""
-
-    def __init__(self, codebook, directory):
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = directory / "log"
-        words = [
-            "--codebook",
-            codebook,
-            "--port",
-            port,
-            "--replicas",
-            2,
-            "--cpus-per-replica",
-            0.5,
-            "--limit",
-            "drain_s=0.5",
-        ]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cache_builder", "serve", "--ray", *map(str, words)],
-                cwd=ROOT, stdout=log, stderr=log,
-            )  # fmt: skip
-
-    def replicas(self):
-        """Process ids of the replicas."""
-        parents, replicas = {}, []
-        for directory in Path("/proc").glob("[0-9]*"):
-            try:
-                pid, name = int(directory.name), (directory / "cmdline").read_bytes()
-                parents[pid] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has just ended
-            if name.startswith(b"ray::ServeReplica"):
-                replicas.append(pid)
-        return {pid for pid in replicas if self._is_below(pid, parents)}
-
-    def _is_below(self, pid, parents):
-        while pid in parents:
-            pid = parents[pid]
-            if pid == self.process.pid:
-                return True
-        return False
-
 
 @pytest.fixture(scope="module")
 def service(codebook_path, tmp_path_factory):
-    service = Service(codebook_path, tmp_path_factory.mktemp("ray"))
+    words = ("--replicas", 2, "--cpus-per-replica", 0.5)
+    service = RayService(codebook_path, tmp_path_factory.mktemp("ray") / "log", *words)
     try:
-        wait_until(
-            lambda: service.process.poll() is not None or "try: curl" in service.log.read_text(),
-            START_S,
-        )
-        assert service.process.poll() is None, service.log.read_text()
+        service.wait_until_it_serves()
         yield service
     finally:
-        service.process.terminate()
-        service.process.wait(60)
-
-
-class Crowd:
-    """Clients that ask again and again, each on one connection; notes every outcome."""
-
-    def __init__(self, url, num_clients=3, *, obey=False):
-        self.outcomes = []
-        self._stop = threading.Event()
-        self._obey = obey  # leave, when told that nobody serves here
-        self._url, self._pool = url, ThreadPoolExecutor(num_clients)
-        self._asking = [self._pool.submit(self._ask, seed) for seed in range(num_clients)]
-
-    def _ask(self, seed):
-        with make_client(self._url) as client:
-            number = 0
-            while not self._stop.wait(0.05):  # a replica that starts needs the cores too
-                body = jpeg(seed=1000 * seed + number)  # a new one: nothing is kept of it
-                number += 1
-                try:
-                    answer = post(client, body)
-                except httpx.ConnectError:
-                    self.outcomes.append("refused")
-                    return
-                is_right = answer.status_code == 200 and answer.json()["token_ids"] == expected_ids(
-                    body
-                )
-                self.outcomes.append("right" if is_right else answer)
-                if self._obey and answer.status_code == 503:
-                    return
-
-    def leave(self):
-        self._stop.set()
-        for asking in self._asking:
-            asking.result()
-        self._pool.shutdown()
+        service.end()
 
 
 def answer_of_the_proxy(*messages):
@@ -200,31 +108,36 @@ def test_two_replicas_answer(service):
     body, births = jpeg(), set()
 
     def saw_both():
-        with make_client(service.url) as client:
+        with service.client() as client:
             text = client.get("/metrics").text
             births.add(re.search(r"^process_start_time_seconds (.*)$", text, re.MULTILINE)[1])
         return len(births) == 2
 
-    with make_client(service.url) as client:
+    with service.client() as client:
         answer = post(client, body, headers={"X-Request-Id": "mine"})
         assert answer.json()["token_ids"] == expected_ids(body)
         assert answer.headers.get_list("x-request-id") == ["mine"]
         check_problem(post(client, b"no picture"), 415, "not-an-image")
         assert client.get("/readyz").json() == {"status": "ready"}
-    assert len(service.replicas()) == 2
+    with make_client(service.url) as stranger:
+        check_problem(post(stranger, body), 401, "unauthorized")
+    assert len(replicas_below(service.process.pid)) == 2
     wait_until(saw_both)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_replica_is_replaced_and_hurts_nobody_but_its_own_requests(service):
-    before = service.replicas()
+    before = replicas_below(service.process.pid)
     victim = min(before)
-    crowd = Crowd(service.url)
+    crowd = Crowd(service)
     wait_until(lambda: len(crowd.outcomes) > 20)
     os.kill(victim, signal.SIGKILL)
     wait_until(
-        lambda: service.process.poll() is not None or len(service.replicas() - {victim}) == 2,
+        lambda: (
+            service.process.poll() is not None
+            or len(replicas_below(service.process.pid) - {victim}) == 2
+        ),
         START_S,
     )
     assert service.process.poll() is None, service.log.read_text()
@@ -241,10 +154,10 @@ def test_a_killed_replica_is_replaced_and_hurts_nobody_but_its_own_requests(serv
 @pytest.mark.ray
 @pytest.mark.slow
 def test_sigterm_loses_nothing_and_exits_with_0(service):
-    crowd = Crowd(service.url, obey=True)
+    crowd = Crowd(service, obey=True)
     wait_until(lambda: len(crowd.outcomes) > 20)
     service.process.send_signal(signal.SIGTERM)
-    with make_client(service.url) as client:
+    with service.client() as client:
         wait_until(lambda: client.get("/readyz").status_code == 503, 60)
     assert service.process.wait(120) == 0
     crowd.leave()

@@ -1,6 +1,6 @@
 """What a training step costs from a cache, beside the same step done the usual way.
 
-    python tests/benchmarks/bench_train.py             # six minutes on two quiet cores
+    python tests/benchmarks/bench_train.py             # ten minutes on two quiet cores
     python tests/benchmarks/bench_train.py --quick     # one student, fewer steps
     python tests/benchmarks/bench_train.py --device cuda --batch-size 64
 
@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ DROP = {"method": "beit", "mask_ratio": 0.75, "mask_kind": "random", "masked_tok
 OBJECTIVES = {"keep, 75 in blocks": KEEP, "drop, 147 at random": DROP}
 MAPET = {"method": "mapet"}
 MB = 1e6
+TABLES = ("tokenizer", "loop", "mapet", "head")
 
 
 class Bench(NamedTuple):
@@ -102,10 +104,18 @@ class Bench(NamedTuple):
         dataset.close()
         return found
 
-    def ms_per_image(self, work: Callable[[int], object]) -> float:
-        """Return the median of calls with 0, 1, ...; the first one is not counted."""
-        seconds = [self._clocked(work, step) for step in range(self.num_steps + 1)]
-        return statistics.median(seconds[1:]) * 1e3 / self.batch_size
+    def ms_per_image(self, *works: Callable[[int], object]) -> list[float]:
+        """Return medians of calls with 0, 1, ...; the first calls are not counted.
+
+        The works take turns, as a machine changes its pace.
+        """
+        seconds = [
+            [self._clocked(work, step) for work in works] for step in range(self.num_steps + 1)
+        ]
+        return [
+            statistics.median(column) * 1e3 / self.batch_size
+            for column in zip(*seconds[1:], strict=True)
+        ]
 
     def _clocked(self, work: Callable[[int], object], step: int) -> float:
         if self.device.type == "cuda":
@@ -123,6 +133,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="one student, fewer steps")
+    parser.add_argument("--only", choices=TABLES, help="one of the tables")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args()
@@ -134,8 +145,10 @@ def main() -> None:
             num_steps=3 if args.quick else 6,
             students=(TINY,) if args.quick else (TINY, SMALL, BASE),
         )  # fmt: skip
-        for make_table in (tokenizer_table, speed_table, mapet_table, head_table):
-            Console(width=130).print(make_table(bench))
+        makers = (tokenizer_table, speed_table, mapet_table, head_table)
+        for name, make_table in zip(TABLES, makers, strict=True):
+            if args.only in (None, name):
+                Console(width=130).print(make_table(bench))
 
 
 def build_cache(folder: Path) -> Path:
@@ -170,7 +183,7 @@ def tokenizer_table(bench: Bench) -> Table:
     for student in bench.students:
         for name, objective in OBJECTIVES.items():
             stepper = bench.stepper(bench.config(student, objective, bench.num_steps + 1))
-            step_ms = bench.ms_per_image(
+            (step_ms,) = bench.ms_per_image(
                 lambda step, stepper=stepper: stepper.take(step, batches[step])
             )
             cached_ms = read_ms + step_ms
@@ -187,7 +200,7 @@ def time_reading(bench: Bench) -> float:
         sizes = [shard.num_samples for shard in cache.manifest.shards]
     order = BatchOrder(sizes, bench.batch_size, seed=0)
     dataset = CachedViews(bench.cache_path, image_size=SIZE)
-    ms = bench.ms_per_image(lambda step: dataset.read(order.picks(step)))
+    (ms,) = bench.ms_per_image(lambda step: dataset.read(order.picks(step)))
     dataset.close()
     return ms
 
@@ -204,7 +217,8 @@ def time_tokenizer(bench: Bench) -> float:
         features = teacher.forward_features(images)[:, teacher.num_prefix_tokens :]
         index.assign(features.flatten(0, 1))
 
-    return bench.ms_per_image(tokenise)
+    (ms,) = bench.ms_per_image(tokenise)
+    return ms
 
 
 def speed_table(bench: Bench) -> Table:
@@ -277,10 +291,12 @@ def mapet_table(bench: Bench) -> Table:
     def ours() -> torch.Tensor:
         return objective(*inputs)["loss"]
 
-    for name, run in (("one, from ranks", ours), ("dense, as official", lambda: peer(*inputs))):
-        ms, kept = time_backward(bench, objective, run)
-        masks = peer.mask_bytes / bench.batch_size if run is not ours else 0
-        table.add_row(name, f"{ms:.1f}", f"{masks / MB:.2f}", f"{kept / MB:.1f}")
+    costs = time_backward(bench, objective, ours, lambda: peer(*inputs))
+    masks = (0, peer.mask_bytes / bench.batch_size)
+    for name, (ms, kept), size in zip(
+        ("one, from ranks", "dense, as official"), costs, masks, strict=True
+    ):
+        table.add_row(name, f"{ms:.1f}", f"{size / MB:.2f}", f"{kept / MB:.1f}")
     table.caption = f"The one mask of a run: {objective.sees.nbytes / MB:.2f} MB."
     return table
 
@@ -297,10 +313,10 @@ def head_table(bench: Bench) -> Table:
         config = bench.config(student, KEEP, 1)
         objective = bench.stepper(config).objective
         inputs = step_inputs(bench.batches(1)[0], config, 0, bench.device)
-        masked_ms, _ = time_backward(bench, objective, lambda o=objective, i=inputs: o(*i)["loss"])
-        all_ms, _ = time_backward(
+        (masked_ms, _), (all_ms, _) = time_backward(
             bench,
             objective,
+            lambda o=objective, i=inputs: o(*i)["loss"],
             lambda o=objective, i=inputs: train_peers.loss_over_all_positions(o, *i),
         )
         saved = 1 - masked_ms / all_ms
@@ -309,20 +325,21 @@ def head_table(bench: Bench) -> Table:
 
 
 def time_backward(
-    bench: Bench, module: torch.nn.Module, forward: Callable[[], torch.Tensor]
-) -> tuple[float, float]:
-    """Return ms and bytes kept, per image, of a forward and backward pass."""
+    bench: Bench, module: torch.nn.Module, *forwards: Callable[[], torch.Tensor]
+) -> list[tuple[float, float]]:
+    """Return ms and bytes kept, per image, of each of several forward and backward passes."""
 
-    def cast() -> torch.Tensor:
+    def cast(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=is_bf16(bench)):
             return forward()
 
-    def step(_: int) -> None:
-        cast().backward()
+    def step(_: int, forward: Callable[[], torch.Tensor]) -> None:
+        cast(forward).backward()
         module.zero_grad()
 
-    ms = bench.ms_per_image(step)
-    return ms, train_peers.bytes_kept(module, cast) / bench.batch_size
+    times = bench.ms_per_image(*(partial(step, forward=forward) for forward in forwards))
+    kept = [train_peers.bytes_kept(module, partial(cast, forward)) for forward in forwards]
+    return [(ms, size / bench.batch_size) for ms, size in zip(times, kept, strict=True)]
 
 
 def is_bf16(bench: Bench) -> bool:

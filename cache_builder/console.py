@@ -28,6 +28,8 @@ _MAX_SKIPPED_LINES = 10
 _MAX_BUILD_LINES = 5
 _BAR_WIDTH = 30
 _MAX_NOTES = 10
+RECIPE_BATCH_SIZE = 256  # of `beit_drop`, which `build_lines` names
+_SMALL_BATCH_SIZE = 64
 
 
 def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
@@ -86,8 +88,17 @@ def build_lines(summary: "BuildSummary", out: str) -> list[str]:
         f"size         {size_text(manifest.bytes)} in {len(manifest.shards)} shards{kept}",
         *_payload_lines(manifest),
         f"next         patchcache verify {out} --retokenize 100",
-        f"             patchcache train beit_drop --cache {out} --out run/",
+        f"             patchcache train beit_drop --cache {out} --out run/"
+        f"{_smaller_batch(manifest)}",
     ]
+
+
+def _smaller_batch(manifest: "CacheManifest") -> str:
+    """Return what makes a recipe train on a cache with fewer samples than its batch has."""
+    if manifest.num_samples >= RECIPE_BATCH_SIZE:
+        return ""
+    size = max(1, min(_SMALL_BATCH_SIZE, manifest.num_samples))
+    return f" --set data.batch_size={size}"
 
 
 def _payload_lines(manifest: "CacheManifest") -> Iterator[str]:

@@ -12,7 +12,9 @@ import torch
 
 from cache_builder import __version__, cli
 from cache_builder.cli_errors import one_line_errors
+from cache_builder.console import RECIPE_BATCH_SIZE
 from tests import factories
+from trainer.config import load_config
 
 COMMANDS = (
     "fit", "build", "verify", "convert", "merge", "subset", "inspect", "serve", "tokenize", "train",
@@ -259,3 +261,17 @@ def test_ctrl_c_before_a_command_has_begun_is_one_line(capsys):
     with pytest.raises(SystemExit, match="130"), one_line_errors():
         raise KeyboardInterrupt
     assert capsys.readouterr().err == "stopped; the same command continues\n"
+
+
+def test_what_a_build_says_to_run_next_suits_a_cache_of_few_images(patchcache, cache, tmp_path):
+    images = str(tmp_path / "images")
+    codebook = str(cache / "codebook.safetensors")
+    outcome = patchcache(
+        "build", "--images", images, "--codebook", codebook, "--out", str(tmp_path / "new"),
+        "--workers", "0",
+    )  # fmt: skip
+    (line,) = (line for line in outcome.out.splitlines() if "patchcache train" in line)
+    assignment = line.split("--set ")[1]
+    recipe = load_config("beit_drop", [])
+    assert recipe.data.batch_size == RECIPE_BATCH_SIZE
+    assert load_config("beit_drop", [assignment]).data.batch_size == 4

@@ -29,7 +29,7 @@ check: $(INSTALLED)  ## style, types, import contracts
 bench: $(INSTALLED)  ## every benchmark, each prints its table
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
-docs: $(INSTALLED)  ## the documents as a site: open .site/index.html
+docs: $(INSTALLED)  ## the documents as a site in .site/
 	$(BIN)/zensical build --clean --strict --config-file .zensical.toml
 
 $(VENV): $(INSTALLED)  ## only the environment

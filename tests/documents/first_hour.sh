@@ -1,9 +1,9 @@
 ls photos
-patchcache fit --images photos/ -k 512 --out codebook.safetensors
+patchcache fit --images photos/ -k 256 --image-size 64 --patch-size 8 --out codebook.safetensors
 patchcache build --images photos/ --codebook codebook.safetensors --views 4 --out cache/
 patchcache verify cache/ --retokenize 20
 patchcache inspect cache/ --page cache.html
-patchcache train beit_drop --cache cache/ --out run/ --set data.batch_size=64 --set optim.warmup_steps=10 --set run.steps=60 --set run.picture_every=60
+patchcache train beit_drop --cache cache/ --out run/ --set data.batch_size=64 --set optim.warmup_steps=10 --set run.steps=60
 patchcache probe run/
 patchcache export run/ --out vit.safetensors
 patchcache serve --codebook codebook.safetensors --port 8765 2> serve.log &

@@ -27,7 +27,7 @@ from rich.text import Text
 COLUMNS, LINES = 100, 30
 READY = "\x1b]133;A\x07"  # how a shell says that it shows its prompt; terminals do not show it
 LONGEST_PAUSE_S = 1.0  # that a player keeps
-TIMEOUT_S = 900
+TIMEOUT_S = 900  # of one command
 SVG = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
 <style>.{unique_id}-matrix {{font: {char_height}px monospace; white-space: pre}} {styles}</style>
@@ -86,16 +86,16 @@ class Shell:
 def record(session, folder, cast, picture):
     """Run a session in a folder and write its cast and its picture."""
     shell = Shell(folder)
-    for command in session.read_text().splitlines():
-        if command:
+    try:
+        for command in session.read_text().splitlines():
             shell.type(command)
-    events = shell.events
-    shell.close()
+    finally:
+        shell.close()
     header = {
         "version": 2, "width": COLUMNS, "height": LINES, "idle_time_limit": LONGEST_PAUSE_S,
         "title": session.stem,
     }  # fmt: skip
-    lines = [header, *([at, "o", text] for at, text in events if text)]
+    lines = [header, *([at, "o", text] for at, text in shell.events if text)]
     cast.write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw(cast, picture)
 

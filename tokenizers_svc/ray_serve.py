@@ -97,13 +97,15 @@ def run(
         WorkerLostError: No replica could start, or Ray gave up on them.
     """
     options = with_environment(options)
-    _check(replicas, port)
+    check_numbers(replicas)
+    if port == 0:
+        raise ConfigError("On Ray the port is chosen by you: pass --port with a free one.")
     check_exposure(host, Access(options.access), insecure=insecure)
     for path in options.codebooks.values():
         Codebook.load(path)  # the user's mistakes are told here, not in the log of a replica
     if replicas.address is None:
         listen(host, port).close()  # a port that is taken would be told in a log of Ray alone
-    serve = _import_serve()
+    serve = import_serve()
     environment = {
         _PROXY_CALLBACK: f"{proxy_middleware.__module__}.{proxy_middleware.__name__}",
         **_PATIENCE,
@@ -124,7 +126,7 @@ def run(
                 proxy_location="HeadOnly" if replicas.address is None else "EveryNode",
                 http_options={"host": host, "port": port, "keep_alive_timeout_s": 75},
             )
-            deployment = _deployment(serve, options, replicas)
+            deployment = make_deployment(serve, options, replicas)
             target = serve.RunTarget(deployment.bind(), name=_APP, route_prefix="/")
             serve.run_many([target], wait_for_applications_running=False)
             _supervise(cluster, serve, orders, options, signals, f"http://{host}:{port}")
@@ -251,7 +253,7 @@ class Orders:
         return self._is_draining, self._num_reloads
 
 
-def _deployment(serve: Any, options: ServiceOptions, replicas: ReplicaOptions) -> Any:
+def make_deployment(serve: Any, options: ServiceOptions, replicas: ReplicaOptions) -> Any:
     """Return what Ray Serve runs: limits, health and numbers of replicas."""
     limits = _resolved(options.limits, replicas)
     settings: dict[str, Any] = {
@@ -345,15 +347,18 @@ class Replica:
             raise WorkerLostError(complaint)
 
 
-def _check(replicas: ReplicaOptions, port: int) -> None:
+def check_numbers(replicas: ReplicaOptions) -> None:
+    """Refuse numbers of replicas that make no sense.
+
+    Raises:
+        ConfigError: There are to be at most fewer than at least.
+    """
     least, most = replicas.num_replicas, replicas.max_replicas
     if most is not None and most < max(least, 1):
         raise ConfigError(
             f"--max-replicas {most} is less than the {max(least, 1)} replicas that there are at "
             "least. Pass a larger one."
         )
-    if port == 0:
-        raise ConfigError("On Ray the port is chosen by you: pass --port with a free one.")
 
 
 def _resolved(limits: Limits, replicas: ReplicaOptions) -> Limits:
@@ -373,7 +378,12 @@ def _reason(status: Any) -> str:
     return " ".join(lines) or "The logs of Ray say why."
 
 
-def _import_serve() -> Any:
+def import_serve() -> Any:
+    """Return the module `ray.serve`.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
     try:
         from ray import serve
     except ImportError as exc:

@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import typer
@@ -27,7 +28,7 @@ NO_CODE = {
 # Commands of other programs: neither run nor parsed here.
 OTHERS = {
     "ray": "needs a cluster", "kubectl": "needs a cluster", "helm": "needs a cluster",
-    "sbatch": "needs Slurm", "srun": "needs Slurm", "squeue": "needs Slurm",
+    "srun": "needs Slurm", "squeue": "needs Slurm",
     "docker": "needs an engine", "podman": "needs an engine",
     "apt-get": "changes the machine", "apt": "changes the machine", "git": "needs a remote",
     "cd": "moves the shell", "source": "changes the shell", "export": "changes the shell",
@@ -96,6 +97,12 @@ def check(words):
         parse(rest)
     elif program == "torchrun":
         parse(rest[rest.index("cache_builder") + 1 :])
+    elif program == "train.sh":
+        parse(["train", *rest[2:]])
+    elif program == "sbatch":
+        script = next(word for word in rest if word.endswith(".sbatch"))
+        assert (ROOT / script).is_file()
+        parse([Path(script).stem, *rest[rest.index(script) + 1 :]])
     elif program in {"python", "python3"}:
         check_python(rest)
     elif program == "make":
@@ -192,6 +199,9 @@ def check_curl(words):
         "make tests",
         "pip install 'patchcache[biuld]'",
         "curl http://127.0.0.1:8000/v1/tokenise",
+        "sbatch deploy/slurm/train.sbatch beit --cachee cache/",
+        "sbatch deploy/slurm/no.sbatch",
+        "deploy/torchrun/train.sh host:29400 2 beit --cachee cache/",
         "rm -rf cache/",
     ],
 )

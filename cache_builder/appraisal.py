@@ -115,8 +115,8 @@ class Appraisal(NamedTuple):
     counts: NDArray[np.int64]  # (M, K), how often each id occurs
     skipped: list[Skipped]
     stages: list[StageUse]
-    objective: float  # mean squared distance of a patch, all stages together
-    mse: float  # the same per value
+    objective: float | None  # mean squared distance of a patch, all stages; None of plugins
+    mse: float | None  # the same per value
     psnr_db: float | None  # of all pixels together; None where centroids are not pixels
     mean_image_psnr_db: float | None
     num_tie_patches: int  # whose second nearest centroid was looked for, in the first stage
@@ -212,6 +212,9 @@ class _Sums:
     def add(self, pixels: Tensor) -> None:
         """Tokenise views (B, 3, S, S) uint8."""
         tokenizer = self._tokenizer
+        if tokenizer.plugin is not None:
+            self._add_ids(pixels, tokenizer.encode(pixels))
+            return
         features = tokenizer.features(pixels)
         left = features.reshape(-1, features.shape[-1])
         columns = []
@@ -219,16 +222,23 @@ class _Sums:
         self._add_ties(left)
         for number, stage in enumerate(stages):
             ids, nearest = stage.assign(left)
-            columns.append(ids)
-            self.counts[number] += np.bincount(ids.cpu().numpy(), minlength=len(stage.centroids))
+            columns.append(ids.cpu())
             if number + 1 < len(stages):
                 left = residual(left, stage.centroids, ids)
         self.squared_distance += float(nearest.double().sum())
+        shape = (len(pixels), *tokenizer.codebook.ids_shape)
+        self._add_ids(pixels, torch.stack(columns, 1).view(shape))
+
+    def _add_ids(self, pixels: Tensor, token_ids: Tensor) -> None:
+        """Count the ids (B, rows, cols[, M]) of views, and measure what they decode to."""
+        tokenizer, codebook = self._tokenizer, self._tokenizer.codebook
+        by_stage = token_ids.reshape(-1, codebook.num_stages).numpy()
+        for number, ids in enumerate(by_stage.T):
+            self.counts[number] += np.bincount(ids, minlength=codebook.vocab_size)
         grid = (len(pixels), *tokenizer.grid)
-        self.token_ids.append(columns[0].view(grid).cpu().numpy().astype(np.uint16))
+        self.token_ids.append(by_stage[:, 0].reshape(grid).astype(np.uint16))
         if tokenizer.decodes_to_pixels:
-            shape = (*grid, len(stages)) if len(stages) > 1 else grid
-            again = tokenizer.decode(torch.stack(columns, 1).view(shape))
+            again = tokenizer.decode(token_ids)
             errors = (pixels.double() - again.double()).square().mean((1, 2, 3))
             self.image_mses += errors.tolist()
 
@@ -260,7 +270,7 @@ def _conclude(
     codebook = tokenizer.codebook
     token_ids = np.concatenate(sums.token_ids)
     num_tokens = token_ids.size
-    objective = sums.squared_distance / num_tokens
+    objective = None if codebook.plugin else sums.squared_distance / num_tokens
     num_tied = sums.num_tie_patches
     exact = num_tied and codebook.centroids.dtype != np.float32
     labels, labels_note = _labels(codebook, rows, token_ids)
@@ -273,7 +283,7 @@ def _conclude(
         skipped=skipped,
         stages=[_stage_use(codebook, stage, counts) for stage, counts in enumerate(sums.counts)],
         objective=objective,
-        mse=objective / codebook.dim,
+        mse=None if objective is None else objective / codebook.dim,
         psnr_db=psnr(float(np.mean(sums.image_mses))) if sums.image_mses else None,
         mean_image_psnr_db=_mean_psnr(sums.image_mses),
         num_tie_patches=num_tied,

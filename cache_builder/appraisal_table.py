@@ -81,14 +81,15 @@ def warnings(appraisal: Appraisal) -> list[str]:
 
 
 def _error_measures(appraisal: Appraisal) -> Iterator[Measure]:
-    yield Measure(
-        "objective", f"{appraisal.objective:,.6g}", "",
-        "Mean squared distance between a patch and what its ids stand for; lower is better.",
-    )  # fmt: skip
-    yield Measure(
-        "objective per value", f"{appraisal.mse:,.6g}", "",
-        "The same divided by the number of values of a patch; of pixels on the 0..255 scale.",
-    )  # fmt: skip
+    if appraisal.objective is not None and appraisal.mse is not None:
+        yield Measure(
+            "objective", f"{appraisal.objective:,.6g}", "",
+            "Mean squared distance between a patch and what its ids stand for; lower is better.",
+        )  # fmt: skip
+        yield Measure(
+            "objective per value", f"{appraisal.mse:,.6g}", "",
+            "The same divided by the number of values of a patch; of pixels on the 0..255 scale.",
+        )  # fmt: skip
     if appraisal.psnr_db is not None and appraisal.mean_image_psnr_db is not None:
         yield Measure(
             "PSNR", _decibel(appraisal.psnr_db), "",

@@ -247,10 +247,10 @@ def layer_spec(
 ) -> LayerSpec:
     """Return a layer with the views of a cache and another tokenizer.
 
-    Features are stored where there are any: a pixel tokenizer has none.
+    Features are stored where there are any: tokenizers of pixels and plugins have none.
     """
     rule = codebook.pixel_rule
-    has_features = codebook.extractor.id != "pixel"
+    stored = store_features if codebook.stores_features else None
     views = base.view_spec.model_copy(
         update={
             "size": rule.size,
@@ -267,7 +267,7 @@ def layer_spec(
             "view_spec": views,
             "images_in_cache": "none",
             "soft": soft_spec(codebook, soft_top_k, soft_temperature),
-            "features": feature_spec(codebook, store_features if has_features else None),
+            "features": feature_spec(codebook, stored),
         }
     )
     return LayerSpec(layer_name(spec), spec, codebook)

@@ -243,7 +243,7 @@ def _view_cell(view: _View, number: int, box: View, key: str) -> str:
 
 def _pixel_tokenizer(codebook: Codebook) -> PatchTokenizer | None:
     """Return the tokenizer if its centroids are pictures; no model is loaded for it."""
-    return PatchTokenizer.load(codebook) if codebook.decodes_to_pixels else None
+    return PatchTokenizer.load(codebook) if codebook.has_pixel_centroids else None
 
 
 def _usage_section(survey: CacheSurvey) -> str:

@@ -26,7 +26,7 @@ from cache_builder.cli_options import (
     RayAddress,
     Weights,
     Workers,
-    model_args,
+    keyword_args,
     number_or_all,
     pair,
     print_json,
@@ -35,6 +35,7 @@ from cache_builder.cli_options import (
     triple,
 )
 from cache_builder.cli_serving import serve
+from cache_builder.cli_setup import adopt, doctor
 from cache_builder.cli_tokenize import tokenize
 from cache_builder.cli_training import export, finetune, probe, train
 from cache_builder.errors import ConfigError
@@ -170,7 +171,7 @@ def fit(
         layer=layer,
         mean=triple("--mean", mean),
         std=triple("--std", std),
-        model_args=model_args(features_arg),
+        model_args=keyword_args("--features-arg", features_arg),
         random_weights_seed=seed if weights == "random" else None,
     )
     with FitProgress(iterations * restarts * stages) as progress:
@@ -357,7 +358,8 @@ def build(
 
 
 for command in (
-    verify, convert, merge, subset, inspect, serve, tokenize, train, probe, finetune, export
+    adopt, verify, convert, merge, subset, inspect, serve, tokenize, train, probe, finetune, export,
+    doctor,
 ):  # fmt: skip
     app.command()(command)
 
@@ -365,7 +367,7 @@ for command in (
 def main() -> None:
     """Run the command line and exit."""
     with one_line_errors():
-        app()
+        app(prog_name="patchcache")  # also as `python -m cache_builder`
 
 
 if __name__ == "__main__":

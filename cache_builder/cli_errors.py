@@ -12,7 +12,7 @@ _STOPPED = (130, 143)  # what typer makes of a KeyboardInterrupt, and `ray_clust
 _GOES_ON = "stopped; the same command continues"
 
 _EXTRA_OF_COMMAND = {
-    "fit": "build", "build": "build", "verify": "build", "inspect": "build",
+    "fit": "build", "build": "build", "verify": "build", "inspect": "build", "adopt": "tokens",
     "convert": "build", "merge": "build", "subset": "build",
     "serve": "serve", "tokenize": "client", "train": "train", "probe": "train", "finetune": "train",
     "export": "train",

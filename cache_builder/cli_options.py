@@ -1,6 +1,7 @@
 """What several commands take, and how text becomes numbers."""
 
 import json
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -65,13 +66,49 @@ CodebookCopy = Annotated[
     typer.Option("--codebook", help="A copy of the codebook, to repair the one in the cache."),
 ]
 # By name alone: importing the trainer would bring torch along.
-_RECIPES = sorted(path.stem for path in Path(__file__).parents[1].glob("trainer/recipes/*.toml"))
+_TRAINER = Path(__file__).parents[1] / "trainer"
+_RECIPES = sorted(path.stem for path in _TRAINER.glob("recipes/*.toml"))
+
+
+def _among(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what a shell's completion asks: which of the names go on from what is typed."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def _methods() -> list[str]:
+    """Return the methods of training: the recipes that are named as one."""
+    return [name for name in _RECIPES if (_TRAINER / f"objectives/{name}.py").is_file()]
+
+
+def _tokenizers() -> list[str]:
+    import importlib.metadata  # a fifth of the time in which --help answers
+
+    entries = importlib.metadata.entry_points(group="patchcache.tokenizers")
+    return sorted(entry.name for entry in entries)
+
+
 Recipe = Annotated[
-    str | None, typer.Argument(help=f"One of ours ({', '.join(_RECIPES)}) or a .toml.")
+    str | None,
+    typer.Argument(
+        help=f"One of ours ({', '.join(_RECIPES)}) or a .toml.",
+        autocompletion=_among(lambda: _RECIPES),
+    ),
 ]
 TrainingMethod = Annotated[
     str | None,
-    typer.Option("--method", help="With its own recipe, or in place of that of RECIPE."),
+    typer.Option(
+        "--method",
+        help="With its own recipe, or in place of that of RECIPE.",
+        autocompletion=_among(_methods),
+    ),
+]
+InstalledTokenizer = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Of an installed tokenizer; `patchcache doctor` lists them.",
+        autocompletion=_among(_tokenizers),
+    ),
 ]
 
 
@@ -134,7 +171,7 @@ def number_or_all(option: str, text: str | None) -> int | Literal["all"] | None:
     return int(text)
 
 
-def model_args(assignments: list[str] | None) -> dict[str, Any]:
+def keyword_args(option: str, assignments: list[str] | None) -> dict[str, Any]:
     """Read NAME=VALUE pairs; a value is JSON, or text where it is none.
 
     Raises:
@@ -144,7 +181,7 @@ def model_args(assignments: list[str] | None) -> dict[str, Any]:
     for assignment in assignments or []:
         name, equals, text = assignment.partition("=")
         if not name or not equals:
-            raise ConfigError(f"--features-arg takes NAME=VALUE, not {assignment!r}.")
+            raise ConfigError(f"{option} takes NAME=VALUE, not {assignment!r}.")
         try:
             args[name] = json.loads(text)
         except ValueError:

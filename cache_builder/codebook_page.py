@@ -47,7 +47,7 @@ def write(path: Path, appraisal: Appraisal, name: str) -> None:
         _photos_section(appraisal, tokenizer, examples),
         _usage_section(appraisal),
         _centroids_section(appraisal, tokenizer)
-        if tokenizer.decodes_to_pixels
+        if codebook.has_pixel_centroids
         else _examples_section(appraisal, tokenizer, examples),
         f'<p class="muted">Fingerprint <code>{codebook.fingerprint}</code></p>',
     ]
@@ -66,7 +66,7 @@ class _Examples:
         self.ids = [int(token_id) for token_id in order if counts[token_id]]
         wanted = {int(index) for index in self.shown}
         self.places: dict[int, list[tuple[int, int, int]]] = {}  # image, row, col
-        if not tokenizer.decodes_to_pixels:
+        if not tokenizer.codebook.has_pixel_centroids:
             self.places = {i: _places(appraisal.token_ids, i) for i in self.ids}
             wanted |= {image for places in self.places.values() for image, _, _ in places}
         keys = frozenset(appraisal.rows[index].key for index in wanted)
@@ -108,7 +108,7 @@ def _photos_section(appraisal: Appraisal, tokenizer: PatchTokenizer, examples: _
         pixels = examples.pixels[index]
         colours = pictures.token_map(appraisal.token_ids[index], size)
         last = (
-            (_reconstruction(tokenizer, pixels), "the centroids that the ids stand for")
+            (_reconstruction(tokenizer, pixels), "what the ids stand for")
             if tokenizer.decodes_to_pixels
             else (pictures.blended(pixels, colours), "both, one over the other")
         )
@@ -124,7 +124,7 @@ def _photos_section(appraisal: Appraisal, tokenizer: PatchTokenizer, examples: _
             f"{len(np.unique(appraisal.token_ids[index]))} different ids</figcaption></figure>"
         )
     third = (
-        "and the pixels of the centroids that those ids name"
+        "and the pixels that those ids stand for"
         if tokenizer.decodes_to_pixels
         else "and the two over one another"
     )

@@ -3,6 +3,7 @@
     PatchCacheError              a mistake that a user can mend; the CLI prints it as one line
     +-- ConfigError              an argument or setting is wrong: change the command
     +-- MissingDependencyError   an optional library is not installed: install the extra
+    +-- PluginError              an installed tokenizer breaks its promises: tell its author
     +-- SourceError              images cannot be listed or read: mend the source, run again
     |   +-- NotServedError       a server answered that it does not have it: asking again is no use
     +-- ArtifactError            a file on disk is damaged, unfinished or of another version
@@ -31,6 +32,10 @@ class ConfigError(PatchCacheError):
 
 class MissingDependencyError(PatchCacheError):
     """An optional library is needed and not installed."""
+
+
+class PluginError(PatchCacheError):
+    """An installed tokenizer does not do what the protocol of plugins says."""
 
 
 class SourceError(PatchCacheError):

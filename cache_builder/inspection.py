@@ -49,6 +49,7 @@ def describe_codebook(codebook: Codebook) -> Description:
         "kind": "codebook",
         "fingerprint": header.fingerprint,
         "extractor": header.extractor.model_dump(mode="json"),
+        **({"plugin": header.plugin.model_dump(mode="json")} if header.plugin else {}),
         "pixel_rule": header.pixel_rule.model_dump(mode="json"),
         "metric": header.metric,
         "vocab_size": codebook.vocab_size,

@@ -62,7 +62,7 @@ def compare_soft(
     assert again.soft_probs is not None
     different = sample.soft_ids != again.soft_ids
     num_different, num_ties = int(different.sum()), 0
-    exact = tokenizer.decodes_to_pixels
+    exact = tokenizer.codebook.has_pixel_centroids
     if num_different and not exact:
         features = tokenizer.features(pixels).flatten(0, 1)
         patches, ranks = different.reshape(len(features), -1).nonzero()

@@ -69,7 +69,8 @@ def soft_spec(
         names: What the caller calls the two, for errors.
 
     Raises:
-        ConfigError: The codebook has several stages, too few centroids, or no spread.
+        ConfigError: The codebook has several stages, too few centroids or no spread, or its
+            tokenizer is a plugin's.
     """
     name, temperature_name = names
     if top_k is None:
@@ -79,6 +80,11 @@ def soft_spec(
                 f"or leave {temperature_name} out."
             )
         return None
+    if codebook.plugin is not None:
+        raise ConfigError(
+            f"{name} measures distances to centroids of a fit, and {codebook.extractor.id} "
+            "quantises by itself. Leave it out."
+        )
     if codebook.num_stages > 1:
         raise ConfigError(
             f"{name} needs a codebook of one stage, and this one has {codebook.num_stages}: "

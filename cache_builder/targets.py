@@ -108,6 +108,9 @@ class TargetMaker:
         )
 
     def _make(self, pixels: Tensor) -> Targets:
+        if self._tokenizer.plugin is not None:
+            with self._turn:
+                return Targets(self._tokenizer.encode(pixels).numpy().astype(np.uint16))
         shape = (len(pixels), *self._tokenizer.grid)
         with self._turn:
             features = self._tokenizer.features(pixels)
@@ -176,10 +179,15 @@ def feature_spec(codebook: Codebook, dtype: FeatureType | None) -> FeatureSpec |
     """Return how features are stored, None if they are not asked for.
 
     Raises:
-        ConfigError: The features are pixels.
+        ConfigError: The features are pixels, or a plugin's own.
     """
     if dtype is None:
         return None
+    if codebook.plugin is not None:
+        raise ConfigError(
+            f"--store-features stores what our quantiser sees, and {codebook.extractor.id} "
+            "quantises by itself. Leave it out."
+        )
     if codebook.extractor.id == "pixel":
         raise ConfigError(
             "--store-features has no meaning for a pixel tokenizer: its features are the pixels, "

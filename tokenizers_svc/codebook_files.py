@@ -15,6 +15,7 @@ from PIL import Image
 from cache_builder.files import sha256_bytes
 from cache_builder.formats.codebook import Codebook
 from cache_builder.imaging import unpatchify
+from cache_builder.tokenizers.tokenizer import why_not_decodable
 from tokenizers_svc.forms import NPY, npy_header
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import CodebookFile, Served
@@ -40,19 +41,24 @@ def make_file(served: Served, kind: FileKind) -> CodebookFile:
         values = np.ascontiguousarray(little).data.cast("B")
         header = npy_header(little.shape, little.dtype.str)
         return CodebookFile((header, values), f'"{codebook.header.digest}-npy"')
-    if kind == "png" and not served.codebook.decodes_to_pixels:
-        raise not_decodable(served)
+    if kind == "png" and not codebook.has_pixel_centroids:
+        raise _not_pictures(codebook)
     content = codebook.to_bytes() if kind == "safetensors" else _atlas(codebook)
     return CodebookFile((content,), f'"{sha256_bytes(content)}"')
 
 
 def not_decodable(served: Served) -> ProblemError:
     """Return the refusal to make a picture of ids."""
-    codebook = served.codebook
+    return ProblemError("not-decodable", why_not_decodable(served.codebook))
+
+
+def _not_pictures(codebook: Codebook) -> ProblemError:
+    if codebook.plugin is None:
+        return ProblemError("not-decodable", why_not_decodable(codebook))
     return ProblemError(
         "not-decodable",
-        f"Centroids of {codebook.extractor.id} with metric {codebook.metric} are not pixels; only "
-        "l2 codebooks of pixels can be shown as pictures.",
+        f"{codebook.extractor.id} decodes whole grids of ids at best: its centroids are no "
+        "pictures.",
     )
 
 

@@ -49,7 +49,7 @@ class Extractors:
         with self._lock:
             extractor = self._known.get(key)
             if extractor is None:
-                extractor = load_extractor(spec, rule, device, weights)
+                extractor = load_extractor(spec, rule, device, weights, codebook.plugin)
                 self._known[key] = extractor
         return PatchTokenizer(codebook, extractor, device)
 
@@ -60,6 +60,7 @@ class Source(NamedTuple):
     codebook: Codebook
     device: torch.device
     load: Callable[[], Tokenizer]
+    load_decoder: Callable[[], PatchTokenizer]  # on the CPU
     path: str | None = None
 
 
@@ -119,8 +120,8 @@ class Served:
 
     @cached_property
     def decoder(self) -> PatchTokenizer:
-        """The tokenizer that turns ids back into pictures, on the CPU; of pixel codebooks only."""
-        return PatchTokenizer.load(self.codebook, "cpu")
+        """The tokenizer that turns ids back into pictures, on the CPU, where it can."""
+        return self.source.load_decoder()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -179,10 +180,12 @@ class Registry:
     def open(self, codebook: str | Path | Tokenizer) -> Source:
         """Read a codebook, or take a loaded tokenizer as it is."""
         if not isinstance(codebook, str | Path):
-            return Source(codebook.codebook, codebook.device, partial(_the_same, codebook))
+            decoder = partial(PatchTokenizer.load, codebook.codebook, "cpu")
+            return Source(codebook.codebook, codebook.device, partial(_the_same, codebook), decoder)
         read, device = Codebook.load(codebook), choose_device(self._device)
         load = partial(self._extractors.load, read, device, self._weights)
-        return Source(read, device, load, str(codebook))
+        decoder = partial(self._extractors.load, read, torch.device("cpu"), self._weights)
+        return Source(read, device, load, decoder, str(codebook))
 
     def prepare(self, name: str, source: Source) -> Served:
         """Return a model that has not started."""

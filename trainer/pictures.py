@@ -3,7 +3,8 @@
 One row per sample: the input, what the encoder was given of it, the map of its target token ids and
 that of the predicted ones. Ids of a pixel codebook are drawn as their centroids, patches of pixels.
 Centroids of features have no look: they get a colour by their first three principal components, so
-that near centroids have near colours. Where a sample has several ids per patch, the first is drawn.
+that near centroids have near colours. Ids without centroids get a colour each. Where a sample has
+several ids per patch, the first is drawn.
 """
 
 from pathlib import Path
@@ -47,9 +48,11 @@ class TokenColours:
         """Take the codebook of a cache, and its grid."""
         centroids = codebook.centroids[0]
         self._grid = grid
-        if codebook.decodes_to_pixels:
+        if codebook.has_pixel_centroids:
             p = codebook.pixel_rule.patch_size
             self.tiles = torch.from_numpy(centroids.astype(np.float32) / 255).view(-1, 3, p, p)
+        elif not codebook.has_centroids:
+            self.tiles = torch.from_numpy(_colours_by_chance(len(centroids)))[:, :, None, None]
         else:
             self.tiles = torch.from_numpy(component_colours(centroids))[:, :, None, None]
 
@@ -57,6 +60,11 @@ class TokenColours:
         """Return (B, N) or (B, N, M) ids as pictures, (B, 3, rows * p, cols * p) in [0, 1]."""
         first = token_ids if token_ids.ndim == 2 else token_ids[..., 0]
         return unpatchify(self.tiles[first].flatten(2), self._grid, self.tiles.shape[-1])
+
+
+def _colours_by_chance(vocab_size: int) -> NDArray[np.float32]:
+    """Return a colour per id, (K, 3) in [0, 1], the same ones every time."""
+    return np.random.default_rng(0).random((vocab_size, 3), np.float32)
 
 
 def component_colours(centroids: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -9,6 +9,10 @@ sign; feature codebooks are float32.
 Two digests are kept apart. The *digest* names the centroids alone. The *fingerprint* names the
 tokenizer: pixel rule, feature extractor with the digest of its weights, and codebook. How the
 centroids were fitted is recorded beside them and belongs to neither.
+
+A tokenizer that was learned elsewhere and comes from an installed plugin has the same file. Its
+extractor is `plugin:NAME`, `plugin` says which distribution brings it, and its centroids are what
+it says of itself: (M, K, 0) where it has none.
 """
 
 import json
@@ -31,6 +35,8 @@ MAX_VOCAB_SIZE = 65_535  # id 65,535 marks "absent" in uint16 token arrays
 CENTROID_TYPES = (np.uint8, np.int16, np.float32)
 
 Metric = Literal["l2", "cosine"]
+
+PLUGIN_PREFIX = "plugin:"
 
 _METADATA_KEY = "patchcache"
 
@@ -63,7 +69,7 @@ class PixelRule(BaseModel, frozen=True, extra="forbid"):
 class ExtractorSpec(BaseModel, frozen=True, extra="forbid"):
     """Which patch features are quantised. `weights` says where the weights were found."""
 
-    id: str = Field(description="`pixel`, `open_clip:MODEL` or `timm:MODEL`")
+    id: str = Field(description="`pixel`, `open_clip:MODEL`, `timm:MODEL` or `plugin:NAME`")
     layer: str = Field("", description="which map of the model; empty for pixels")
     args: dict[str, JsonValue] = Field(default_factory=dict, description="model arguments")
     weights_digest: str = Field("", description="SHA-256 of the weights; empty for pixels")
@@ -77,6 +83,14 @@ class ExtractorSpec(BaseModel, frozen=True, extra="forbid"):
             "args": dict(self.args),
             "weights_digest": self.weights_digest,
         }
+
+
+class PluginSpec(BaseModel, frozen=True, extra="forbid"):
+    """Where a tokenizer that is installed comes from, and what else it can do."""
+
+    distribution: str = Field(description="what to install")
+    version: str = Field("", description="that the file was written with")
+    decodes_to_pixels: bool = Field(False, description="whether it turns ids into pictures")
 
 
 class CodebookHeader(BaseModel, frozen=True, extra="forbid"):
@@ -94,6 +108,13 @@ class CodebookHeader(BaseModel, frozen=True, extra="forbid"):
     fit: dict[str, JsonValue] = Field(default_factory=dict, description="settings of the fit")
     quality: dict[str, JsonValue] = Field(default_factory=dict, description="measured values")
     versions: dict[str, str] = Field(default_factory=dict, description="library versions")
+    plugin: PluginSpec | None = Field(None, description="left out where the tokenizer is ours")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.plugin is not None) != self.extractor.id.startswith(PLUGIN_PREFIX):
+            raise ValueError(f"extractor {self.extractor.id} and plugin {self.plugin} disagree")
+        return self
 
 
 class Codebook:
@@ -124,14 +145,15 @@ class Codebook:
             metric: `l2` or `cosine`.
             pixel_rule: What happens to a view before the extractor.
             extractor: Which features the centroids live among.
-            **provenance: `num_points`, `num_images`, `objective`, `fit`, `quality`, `versions`.
+            **provenance: `num_points`, `num_images`, `objective`, `fit`, `quality`, `versions`,
+                `plugin`.
 
         Raises:
             ArtifactError: Wrong shapes or types, K > 65,535, or values that are not finite.
         """
         self.centroids = centroids
         self.counts = counts
-        _check_arrays(centroids, counts)
+        _check_arrays(centroids, counts, extractor)
         digest = _digest(centroids, metric)
         self.header = CodebookHeader(
             metric=metric,
@@ -184,13 +206,35 @@ class Codebook:
         return (*self.pixel_rule.grid, *stages)
 
     @property
-    def decodes_to_pixels(self) -> bool:
-        """Whether centroids are pixels, so that token ids can be decoded to a picture."""
+    def plugin(self) -> PluginSpec | None:
+        """Which distribution brings the tokenizer; None where it is ours."""
+        return self.header.plugin
+
+    @property
+    def has_centroids(self) -> bool:
+        """Whether ids stand for vectors; a plugin need not say which."""
+        return self.dim > 0
+
+    @property
+    def has_pixel_centroids(self) -> bool:
+        """Whether centroids are pixels, which can be looked at and whose distances are exact."""
         return self.extractor.id == "pixel" and self.metric == "l2"
+
+    @property
+    def stores_features(self) -> bool:
+        """Whether there are features to store: of a model, quantised by us."""
+        return self.extractor.id != "pixel" and self.plugin is None
+
+    @property
+    def decodes_to_pixels(self) -> bool:
+        """Whether token ids can be decoded to a picture."""
+        return self.has_pixel_centroids if self.plugin is None else self.plugin.decodes_to_pixels
 
     def to_bytes(self) -> bytes:
         """Return the file's content; the same codebook gives the same bytes."""
-        header = files.canonical_json(self.header.model_dump(mode="json")).decode()
+        left_out = {"plugin"} if self.plugin is None else None
+        fields = self.header.model_dump(mode="json", exclude=left_out)
+        header = files.canonical_json(fields).decode()
         tensors = {
             "centroids": np.ascontiguousarray(self.centroids),
             "counts": np.ascontiguousarray(self.counts),
@@ -248,7 +292,7 @@ class Codebook:
         cls, centroids: NDArray[Any], counts: NDArray[np.int64], header: CodebookHeader, place: str
     ) -> Self:
         try:
-            _check_arrays(centroids, counts)
+            _check_arrays(centroids, counts, header.extractor)
         except ArtifactError as exc:
             raise ArtifactError(f"{place}: {exc}") from exc
         digest = _digest(centroids, header.metric)
@@ -328,12 +372,16 @@ class VersionOnly(BaseModel, frozen=True):
     format_version: int = Field(ge=1)
 
 
-def _check_arrays(centroids: NDArray[Any], counts: NDArray[np.int64]) -> None:
+def _check_arrays(
+    centroids: NDArray[Any], counts: NDArray[np.int64], extractor: ExtractorSpec
+) -> None:
     if centroids.ndim != 3 or centroids.dtype not in CENTROID_TYPES:
         raise ArtifactError(
             "centroids must be (M, K, D) uint8, int16 or float32, "
             f"not {centroids.shape} {centroids.dtype}"
         )
+    if not centroids.shape[2] and not extractor.id.startswith(PLUGIN_PREFIX):
+        raise ArtifactError(f"centroids of {extractor.id} have no values")
     if not 0 < centroids.shape[1] <= MAX_VOCAB_SIZE:
         raise ArtifactError(
             f"a codebook has 1 to {MAX_VOCAB_SIZE:,} centroids, not {centroids.shape[1]:,}"

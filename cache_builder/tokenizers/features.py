@@ -5,12 +5,14 @@
                         projection; the map before attention pooling of ResNets (k-CLIP is
                         open_clip:RN50x64 at 448); any timm trunk inside open_clip
     timm:MODEL          patch tokens of ViTs, any stage of convolutional networks
+    plugin:NAME         an installed tokenizer, whose ids are its own (`plugins.py`)
 
 Weights come from a pretrained tag or a local file. Whatever the source, their digest is part of
 the tokenizer's fingerprint, and loading other weights under the same name is refused.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,10 +20,17 @@ from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from cache_builder.errors import ConfigError, TokenizerMismatchError
-from cache_builder.formats.codebook import ExtractorSpec, PixelRule, first_problem
+from cache_builder.formats.codebook import (
+    PLUGIN_PREFIX,
+    ExtractorSpec,
+    PixelRule,
+    PluginSpec,
+    first_problem,
+)
 from cache_builder.imaging import patchify
 from cache_builder.tokenizers import models
 from cache_builder.tokenizers.models import DEFAULT_IMAGE_SIZE
+from cache_builder.tokenizers.plugins import PluginTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +105,27 @@ def extract_features(extractor: FeatureExtractor, pixels: Tensor) -> Tensor:
     Raises:
         ConfigError: The GPU has not the memory for a single picture.
     """
+    return run_in_halves(extractor, pixels, extractor.spec.id)
+
+
+def run_in_halves(run: Callable[[Tensor], Tensor], pixels: Tensor, name: str) -> Tensor:
+    """Return what a model called `name` says of (B, 3, S, S) pixels; in halves as above.
+
+    Raises:
+        ConfigError: The GPU has not the memory for a single picture.
+    """
     try:
-        return extractor(pixels)
+        return run(pixels)
     except torch.OutOfMemoryError as exc:
         if len(pixels) == 1:
             raise ConfigError(
                 f"Not even one picture of {pixels.shape[-1]} pixels fits into the GPU's memory "
-                f"with {extractor.spec.id}. Use a smaller model, or --device cpu."
+                f"with {name}. Use a smaller model, or --device cpu."
             ) from exc
     half = len(pixels) // 2
-    logger.warning("out of GPU memory: extracting features of %d pictures at a time", half)
+    logger.warning("out of GPU memory: %s takes %d pictures at a time", name, half)
     torch.cuda.empty_cache()
-    return torch.cat([extract_features(extractor, part) for part in pixels.split(half)])
+    return torch.cat([run_in_halves(run, part, name) for part in pixels.split(half)])
 
 
 def make_extractor(options: FeatureOptions, device: torch.device) -> FeatureExtractor:
@@ -143,7 +161,11 @@ def make_extractor(options: FeatureOptions, device: torch.device) -> FeatureExtr
 
 
 def load_extractor(
-    spec: ExtractorSpec, pixel_rule: PixelRule, device: torch.device, weights: str | None = None
+    spec: ExtractorSpec,
+    pixel_rule: PixelRule,
+    device: torch.device,
+    weights: str | None = None,
+    plugin: PluginSpec | None = None,
 ) -> FeatureExtractor:
     """Build the extractor that a codebook names.
 
@@ -152,13 +174,17 @@ def load_extractor(
         pixel_rule: From the codebook.
         device: Where the model runs.
         weights: A weights file to use in place of the recorded source, for another machine.
+        plugin: From the codebook, to say what to install where it is not.
 
     Raises:
         TokenizerMismatchError: The weights found are not those that the codebook was fitted with.
         ConfigError: They cannot be loaded.
+        MissingDependencyError: The model's library, or the plugin, is not installed.
     """
     if spec.id == "pixel":
         return PixelPatches(pixel_rule)
+    if spec.id.startswith(PLUGIN_PREFIX):
+        return PluginTokenizer.load(spec, pixel_rule, device, weights, plugin)
     library, name, _ = models.parse_features(spec.id)
     source = f"file:{weights}" if weights else spec.weights
     model = models.create_model(library, name, source, dict(spec.args), pixel_rule.size)

@@ -183,6 +183,19 @@ def residual(x: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
     return x.to(dtype) - centroids.to(x.device)[ids].to(dtype)
 
 
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Refuse token ids of any shape that no codebook of this size has.
+
+    Raises:
+        ConfigError: An id is out of range.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ConfigError(
+            f"Token ids {int(ids.min())}..{int(ids.max())} do not lie in "
+            f"[0, {vocab_size}). Pass ids of this codebook."
+        )
+
+
 class ResidualQuantizer:
     """M codebooks in a row: each quantises what the ones before it left over.
 
@@ -210,12 +223,7 @@ class ResidualQuantizer:
         Raises:
             ConfigError: An id is out of range.
         """
-        num_centroids = len(self.stages[0].centroids)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_centroids:
-            raise ConfigError(
-                f"Token ids {int(ids.min())}..{int(ids.max())} do not lie in "
-                f"[0, {num_centroids}). Pass ids of this codebook."
-            )
+        check_ids(ids, len(self.stages[0].centroids))
         parts = [
             stage.centroids[column].float()
             for stage, column in zip(self.stages, ids.unbind(-1), strict=True)

@@ -6,29 +6,50 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cache_builder.errors import ConfigError
+from cache_builder.errors import ConfigError, TokenizerMismatchError
 from cache_builder.formats.codebook import Codebook, PixelRule
 from cache_builder.imaging import unpatchify
 from cache_builder.tokenizers.features import (
     FeatureExtractor,
     extract_features,
     load_extractor,
+    run_in_halves,
 )
-from cache_builder.tokenizers.quantizer import ResidualQuantizer
+from cache_builder.tokenizers.plugins import PluginTokenizer
+from cache_builder.tokenizers.quantizer import ResidualQuantizer, check_ids
 
 _VIEWS_PER_BATCH = 64
 
 
 class PatchTokenizer:
-    """A feature extractor and a codebook that belong together."""
+    """A feature extractor and a codebook that belong together.
+
+    In the place of the extractor may stand a learned tokenizer of a plugin, whose ids are its own.
+
+    Attributes:
+        plugin: That tokenizer, or None.
+    """
 
     def __init__(
         self, codebook: Codebook, extractor: FeatureExtractor, device: torch.device
     ) -> None:
-        """Join the two; `load` makes them from a codebook file."""
+        """Join the two; `load` makes them from a codebook file.
+
+        Raises:
+            TokenizerMismatchError: A plugin has another vocabulary than the codebook says.
+        """
         self.codebook = codebook
         self.device = device
         self.extractor = extractor
+        self.plugin = extractor if isinstance(extractor, PluginTokenizer) else None
+        if self.plugin is not None:
+            theirs = (self.plugin.num_stages, self.plugin.vocab_size)
+            ours = (codebook.num_stages, codebook.vocab_size)
+            if theirs != ours:
+                raise TokenizerMismatchError(
+                    f"The codebook was written for {extractor.spec.id} with M, K = {ours}, but the "
+                    f"one installed here has {theirs}. Install the same version."
+                )
         centroids = torch.from_numpy(codebook.centroids).to(device)
         self.quantizer = ResidualQuantizer(centroids)
 
@@ -49,11 +70,14 @@ class PatchTokenizer:
         Raises:
             ArtifactError: The codebook is damaged.
             TokenizerMismatchError: The weights are not those that it was fitted with.
+            MissingDependencyError: The library of its model, or its plugin, is not installed.
         """
         if not isinstance(codebook, Codebook):
             codebook = Codebook.load(codebook)
         chosen = choose_device(device)
-        extractor = load_extractor(codebook.extractor, codebook.pixel_rule, chosen, weights)
+        extractor = load_extractor(
+            codebook.extractor, codebook.pixel_rule, chosen, weights, codebook.plugin
+        )
         return cls(codebook, extractor, chosen)
 
     @property
@@ -78,7 +102,7 @@ class PatchTokenizer:
 
     @property
     def decodes_to_pixels(self) -> bool:
-        """Whether centroids are pictures, so that `decode` works."""
+        """Whether ids can be turned into pictures, so that `decode` works."""
         return self.codebook.decodes_to_pixels
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -86,13 +110,9 @@ class PatchTokenizer:
 
         Raises:
             ValueError: `pixels` is not (B, 3, S, S) uint8 of this tokenizer's size.
+            ConfigError: It is that of a plugin which shows no features.
         """
-        size = self.pixel_rule.size
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"pixels must be (B, 3, {size}, {size}) uint8, "
-                f"not {tuple(pixels.shape)} {pixels.dtype}"
-            )
+        self._check(pixels)
         features = extract_features(self.extractor, pixels.to(self.device))
         if self.codebook.metric == "cosine":
             return torch.nn.functional.normalize(features.float(), dim=-1)
@@ -110,6 +130,7 @@ class PatchTokenizer:
 
         Raises:
             ValueError: `pixels` has another shape or type.
+            PluginError: A plugin gives no ids of its vocabulary.
         """
         ids = [self._encode_batch(batch) for batch in pixels.split(_VIEWS_PER_BATCH)]
         if not ids:
@@ -123,29 +144,55 @@ class PatchTokenizer:
             token_ids: (B, rows, cols) or, with M > 1 stages, (B, rows, cols, M); any integer type.
 
         Returns:
-            (B, 3, S, S) uint8: every patch is the pixels of its centroid.
+            (B, 3, S, S) uint8: every patch is the pixels of its centroid, or what a plugin makes
+            of the ids.
 
         Raises:
-            ConfigError: Centroids of this codebook are not pixels, or an id is out of range.
+            ConfigError: Ids of this codebook stand for no pixels, or an id is out of range.
             ValueError: `token_ids` has another shape.
         """
         if not self.decodes_to_pixels:
-            raise ConfigError(
-                f"Centroids of {self.codebook.extractor.id} with metric {self.codebook.metric} "
-                "are not pixels; only l2 codebooks of pixels can be decoded to pictures."
-            )
+            raise ConfigError(why_not_decodable(self.codebook))
         shape = self.codebook.ids_shape
         if token_ids.shape[1:] != shape:
             raise ValueError(f"token ids must be (B, *{shape}), not {tuple(token_ids.shape)}")
         num_patches = self.grid[0] * self.grid[1]
         ids = token_ids.to(self.device, torch.int64)
+        if self.plugin is not None:
+            check_ids(ids, self.vocab_size)
+            return self.plugin.decode(ids).cpu()
         ids = ids.reshape(-1, num_patches, self.codebook.num_stages)
         patches = self.quantizer.decode(ids).round().clamp(0, 255).to(torch.uint8)
         return unpatchify(patches, self.grid, self.pixel_rule.patch_size).cpu()
 
+    def _check(self, pixels: Tensor) -> None:
+        size = self.pixel_rule.size
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"pixels must be (B, 3, {size}, {size}) uint8, "
+                f"not {tuple(pixels.shape)} {pixels.dtype}"
+            )
+
     def _encode_batch(self, pixels: Tensor) -> Tensor:
+        if self.plugin is not None:
+            self._check(pixels)
+            name = self.extractor.spec.id
+            return run_in_halves(self.plugin.encode, pixels.to(self.device), name).cpu()
         features = self.features(pixels)
         return self.quantizer.encode(features.reshape(-1, features.shape[-1])).cpu()
+
+
+def why_not_decodable(codebook: Codebook) -> str:
+    """Say why ids of a codebook cannot be turned into pictures."""
+    if codebook.plugin is not None:
+        return (
+            f"{codebook.extractor.id}, of {codebook.plugin.distribution}, does not turn ids into "
+            "pictures."
+        )
+    return (
+        f"Centroids of {codebook.extractor.id} with metric {codebook.metric} are not pixels; only "
+        "l2 codebooks of pixels can be decoded to pictures."
+    )
 
 
 def choose_device(name: str | torch.device) -> torch.device:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_builder import __version__
 from tests.deploy.dockerfiles import IMAGES, ROOT, Dockerfile, context
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -101,7 +102,7 @@ def test_labels_say_what_and_which_version(dockerfile):
     assert labels["title"] == title
     assert labels["description"]
     assert (labels["version"], labels["revision"]) == ("$VERSION", "$REVISION")
-    assert dockerfile.arguments["VERSION"] == PROJECT["version"]
+    assert dockerfile.arguments["VERSION"] == __version__
 
 
 def test_what_is_written_lies_in_the_two_places_that_can_be_written(dockerfile):

@@ -243,7 +243,8 @@ async function showReconstruction(asked, request) {
   try {
     const response = await ask("v1/reconstruct", request);
     const bitmap = await createImageBitmap(await response.blob());
-    const codebook = answer.stages > 1 ? await fetchCodebook(asked, request) : null;
+    const isSum = answer.stages > 1 && asked.extractor === "pixel"; // of patches, stage by stage
+    const codebook = isSum ? await fetchCodebook(asked, request) : null;
     Object.assign(answer, { whole: bitmap, codebook, psnr: response.headers.get("X-PSNR") });
   } catch (error) {
     if (request.signal.aborted) return;

@@ -57,6 +57,11 @@ class FeatureTargets(nn.Module):
                 "objective.source = 'residual' adds up the centroids of several token ids per "
                 "patch; the cache holds one. Set objective.source=centroids."
             )
+        if not codebook.has_centroids:
+            raise ConfigError(
+                f"The token ids of {codebook.extractor.id} stand for no vectors: its plugin names "
+                "no centroids. Train with a method that predicts ids, such as beit or mapet."
+            )
         if target_dim is not None and target_dim >= codebook.dim:
             raise ConfigError(
                 f"objective.target_dim {target_dim} is no projection: targets have {codebook.dim} "
@@ -128,8 +133,10 @@ def principal_directions(table: Tensor, weights: Tensor, num_directions: int) ->
 
 
 def _weights(codebook: Codebook) -> Tensor:
-    """Return each centroid's share of the patches of the fit, (M, K) float64."""
+    """Return each centroid's share of the patches of the fit, (M, K) float64; even without one."""
     counts = torch.from_numpy(codebook.counts).double()
+    if codebook.plugin is not None:
+        counts = torch.ones_like(counts)
     return counts / counts.sum(1, keepdim=True)
 
 

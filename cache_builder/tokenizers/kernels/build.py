@@ -20,6 +20,8 @@ _FLAGS = [
     "-O3", "-fPIC", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fvisibility=hidden",
     "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
+# The oldest processor of the architecture, whatever the compiler's own default.
+_X86_BASELINE = ["-march=x86-64"]
 _X86_VARIANTS = {
     "avx512": (16, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma",
                     "-mprefer-vector-width=512"]),
@@ -39,18 +41,21 @@ def build(library: Path = LIBRARY) -> Path:
     """
     compiler = _compiler()
     is_x86 = platform.machine() in ("x86_64", "AMD64")
+    flags = [*_FLAGS, *(_X86_BASELINE if is_x86 else [])]
+    # The portable one first: of template instances that all variants have, the linker keeps the
+    # first, and that must run everywhere.
     variants = {"portable": (4, list[str]())} | (_X86_VARIANTS if is_x86 else {})
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = []
-        for name, (lanes, flags) in variants.items():
+        for name, (lanes, more) in variants.items():
             objects.append(str(Path(scratch) / f"{name}.o"))
             defines = [f"-DPATCHCACHE_LANES={lanes}", f"-DPATCHCACHE_VARIANT=assign_{name}"]
             source = str(SOURCES / "nearest.cpp")
-            _run([compiler, *_FLAGS, *flags, *defines, "-c", source, "-o", objects[-1]])
+            _run([compiler, *flags, *more, *defines, "-c", source, "-o", objects[-1]])
         defines = ["-DPATCHCACHE_X86"] if is_x86 else []
         linked = Path(scratch) / library.name
         source = str(SOURCES / "dispatch.cpp")
-        _run([compiler, *_FLAGS, *defines, "-shared", source, *objects, "-o", str(linked)])
+        _run([compiler, *flags, *defines, "-shared", source, *objects, "-o", str(linked)])
         linked.replace(library)
     return library
 

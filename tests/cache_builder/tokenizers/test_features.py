@@ -347,6 +347,6 @@ def test_a_batch_too_large_for_the_device_is_halved_and_that_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         features = extract_features(Cramped(3), pixels)
     assert torch.equal(features, pixels.float().flatten(1)[:, None])
-    assert "extracting features of 6 pictures at a time" in caplog.text
+    assert "takes 6 pictures at a time" in caplog.text
     with pytest.raises(ConfigError, match="Not even one picture of 4 pixels fits"):
         extract_features(Cramped(0), pixels)

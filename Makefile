@@ -9,7 +9,7 @@ DATA ?=
 PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 --reruns-delay 5
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
-.PHONY: demo test integration check bench docs clean
+.PHONY: demo test integration images-check check bench docs clean
 
 demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo DATA=/path/to/folder
 	$(BIN)/python -m cache_builder.demo --out demo $(if $(DATA),--data "$(DATA)")
@@ -19,6 +19,9 @@ test: $(INSTALLED)  ## the tests
 
 integration: $(INSTALLED)  ## clusters of several hosts, which need root and minutes
 	$(BIN)/python -m pytest -m hosts tests/integration
+
+images-check: $(INSTALLED)  ## what is in the images, run as containers run it: root, minutes, 15 GB
+	$(BIN)/python -m tests.integration.check_images
 
 check: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -33,9 +33,18 @@ mount --make-rprivate /
 mount --bind "$1" "$1"
 mount --bind "$2" "$2"
 mount -t tmpfs -o size=2g,mode=1777 tmpfs /tmp
+if [ "$4" ]; then  # Python lies in a folder that is closed to others: nothing else is left there
+    mkdir /tmp/python
+    mount --bind "$3" /tmp/python
+    mount -t tmpfs -o mode=755 tmpfs "$4"
+    mkdir -p "$3"
+    mount --move /tmp/python "$3"
+    rmdir /tmp/python
+    mount -o remount,ro "$4"
+fi
 mount -o remount,bind,ro /
 cd "$2"
-shift 2
+shift 4
 exec "$@"
 """
 ABSENT = {
@@ -116,7 +125,7 @@ class Container:
     def words(self, *command):
         return [
             "unshare", "--mount", "--net", "sh", "-c", SETUP, "sh", self.cache, self.work,
-            *self.confined(*command),
+            sys.base_prefix, closed_above(Path(sys.base_prefix)), *self.confined(*command),
         ]  # fmt: skip
 
     def run(self, *command):
@@ -149,6 +158,11 @@ class Container:
             text=True,
             check=False,
         )
+
+
+def closed_above(path):
+    """The outermost folder on the way to a path that others may not enter, or nothing."""
+    return next((x for x in reversed(path.parents) if not x.stat().st_mode & 0o001), "")
 
 
 def call(*words):

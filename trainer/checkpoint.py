@@ -11,6 +11,7 @@ with other settings is refused with the difference. A damaged checkpoint is name
 and the newest good one before it is taken.
 """
 
+import io
 import logging
 import pickle
 import zipfile
@@ -211,11 +212,12 @@ def newest_good(out_dir: Path) -> tuple[Path, Checkpoint] | None:
     )
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, content: bytes | None = None) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         path: The file, or the directory of a run, whose newest good checkpoint is meant.
+        content: Of the file, where another host has it.
 
     Raises:
         FormatVersionError: It was written by a newer version.
@@ -229,19 +231,23 @@ def load(path: str | Path) -> Checkpoint:
                 f"{path} holds no checkpoint. Pass the --out of `patchcache train`."
             )
         return newest[1]
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise ArtifactError(f"There is no checkpoint at {path}.")
+
+    def file() -> Path | io.BytesIO:
+        return path if content is None else io.BytesIO(content)
+
     try:
         # torch itself does not look at the checksums of the members.
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file()) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise ArtifactError(f"{path}: member {damaged} is damaged.")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        text, model, optimizer = content["header"], content["model"], content["optimizer"]
+        found = torch.load(file(), map_location="cpu", weights_only=True)
+        text, model, optimizer = found["header"], found["model"], found["optimizer"]
         check_format_version(text, FORMAT_VERSION, str(path))
         header = Header.model_validate_json(text)
-        return Checkpoint(header, model, optimizer, content.get("average"))
+        return Checkpoint(header, model, optimizer, found.get("average"))
     except (
         OSError,
         EOFError,

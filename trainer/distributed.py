@@ -8,6 +8,7 @@ for a GPU; gradients travel by NCCL where the devices are CUDA's.
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cache_builder.errors import ConfigError, PatchCacheError
+from cache_builder.errors import ConfigError, PatchCacheError, WorkerLostError
 
 _T = TypeVar("_T")
 
@@ -92,6 +93,9 @@ def join(device: torch.device) -> Iterator[Ranks]:
     """Yield the ranks that the environment speaks of; a group that is made here ends with a run.
 
     A group that exists already, as Ray Train makes one, is used and left alone.
+
+    Raises:
+        WorkerLostError: Another process is gone, or does not answer any more.
     """
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
@@ -102,8 +106,17 @@ def join(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _init_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield Ranks(dist.get_rank(), size)
+    try:
+        _init_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        yield Ranks(dist.get_rank(), size)
+    except RuntimeError as exc:
+        if not _is_loss(exc):
+            raise
+        raise WorkerLostError(
+            f"Another of the {size} processes of this run is gone or cannot be reached: "
+            f"{_reason(exc)}. Start the same command on every host again; it goes on from "
+            "the newest checkpoint."
+        ) from exc
     # Not after an error: others may be waiting for this rank, and torchrun ends them.
     dist.destroy_process_group()
 
@@ -231,6 +244,17 @@ def _init_group(backend: str) -> None:
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def _is_loss(exc: RuntimeError) -> bool:
+    """Say whether a collective failed for want of a partner: gloo has no class for that."""
+    return isinstance(exc, dist.DistError) or "gloo" in str(exc)
+
+
+def _reason(exc: RuntimeError) -> str:
+    """Return what gloo or NCCL says, without the line of its source and the advice after it."""
+    text = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+    return re.sub(r"^\[[^\]]*\] ", "", text).partition(". ")[0].rstrip(".")
 
 
 def _number(variable: str, default: int) -> int:

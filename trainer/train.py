@@ -11,6 +11,7 @@ one writes.
 import contextlib
 import logging
 import math
+import socket
 import threading
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -100,10 +101,17 @@ def run(
 
 
 def _newest(out_dir: Path, ranks: Ranks, *, is_wanted: bool) -> tuple[Path, Checkpoint] | None:
-    """Return the checkpoint to go on from, the same one on every rank."""
+    """Return the checkpoint to go on from, the same one on every rank.
+
+    It is the first rank's, which has written it. A host that has no such file is sent it.
+
+    Raises:
+        ConfigError: A run is not to be resumed and there is one, or another host alone has it.
+        ArtifactError: Every checkpoint is damaged.
+    """
     read: dict[Path, Checkpoint] = {}
 
-    def find() -> Path | None:
+    def find() -> tuple[Path, str] | None:
         newest = checkpoints.latest(out_dir)
         if newest is not None and not is_wanted:
             raise ConfigError(
@@ -113,12 +121,32 @@ def _newest(out_dir: Path, ranks: Ranks, *, is_wanted: bool) -> tuple[Path, Chec
         if found is None:
             return None
         read.update([found])
-        return found[0]
+        return found[0], files.sha256_file(found[0]) if ranks.size > 1 else ""
 
-    path = ranks.from_first(find)
-    if path is None:
+    first = ranks.from_first(find)
+    if first is None:
+        _check_nobody_has_one(out_dir, ranks)
         return None
-    return path, read[path] if path in read else checkpoints.load(path)
+    path, digest = first
+    is_missing = path not in read and not (path.is_file() and files.sha256_file(path) == digest)
+    content = ranks.from_first(path.read_bytes) if ranks.max(is_missing) else None
+    return path, read.get(path) or checkpoints.load(path, content if is_missing else None)
+
+
+def _check_nobody_has_one(out_dir: Path, ranks: Ranks) -> None:
+    """Refuse to begin a run anew of which another host than the first has checkpoints.
+
+    Raises:
+        ConfigError: One has.
+    """
+    found = ranks.gather((socket.gethostname(), checkpoints.latest(out_dir)))
+    for host, newest in found:
+        if newest is not None:
+            raise ConfigError(
+                f"{host} has {newest}, and {found[0][0]}, where this run's first process is, has "
+                f"no checkpoint. Start {host} with --node-rank 0, put --out on a disk that all "
+                "hosts share, or pass another --out."
+            )
 
 
 class Trainer:

@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -40,7 +39,6 @@ from tokenizers_svc.page import page_router
 from tokenizers_svc.problems import (
     ProblemError,
     answer_http_exception,
-    answer_invalid,
     answer_problem,
 )
 from tokenizers_svc.registry import Registry, name_models
@@ -104,7 +102,6 @@ def create_app(
         exception_handlers={
             ProblemError: answer_problem,
             HTTPException: answer_http_exception,
-            RequestValidationError: answer_invalid,
             ClientDisconnect: answer_nobody,
         },
     )

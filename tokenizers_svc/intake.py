@@ -1,7 +1,7 @@
 """What can be wrong with a request before its pictures are looked at.
 
-Headers and query are checked first, then the body is read; each step refuses what the next one
-would pay for. The pictures themselves are for `decoding.py`.
+Headers are checked first, then the body is read; each step refuses what the next one would pay for.
+The query is for `queries.py`, the pictures themselves are for `decoding.py`.
 """
 
 import asyncio
@@ -18,18 +18,6 @@ from tokenizers_svc.problems import ProblemError
 
 _VIEW = re.compile(r"([0-9]{1,9}),([0-9]{1,9}),([0-9]{1,9}),([0-9]{1,9})(?:,([01]))?")
 HOW_TO_SEND = "Send the bytes of one image file as the body: curl --data-binary @photo.jpg URL"
-
-
-def check_query(request: Request, *names: str) -> None:
-    """Refuse a query that names what the route does not know, or anything twice.
-
-    Raises:
-        ProblemError: 400.
-    """
-    given = [name for name, _ in request.query_params.multi_items()]
-    if not set(given) <= set(names) or len(set(given)) < len(given):
-        known = ", ".join(f"`{name}`" for name in names) or "none"
-        raise ProblemError("bad-request", f"Query parameters of this path, each once: {known}.")
 
 
 def parse_view(text: str | None) -> View | None:

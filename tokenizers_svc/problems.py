@@ -7,7 +7,6 @@ the client sent, and that of a 500 never what the exception said.
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -126,19 +125,6 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
         problem = ProblemError("not-found", "See /docs for the paths of this service.")
     else:
         raise error
-    return problem_response(problem, request.state.request_id)
-
-
-async def answer_invalid(request: Request, error: Exception) -> Response:
-    """Answer a query that the route's types refuse; the values are not repeated."""
-    assert isinstance(error, RequestValidationError)
-    names = {str(part["loc"][-1]) for part in error.errors()}
-    # Names come from the routes' own signatures.
-    problem = ProblemError(
-        "bad-request",
-        f"The query has a value that is not allowed for {', '.join(sorted(names))}; "
-        "/docs describes them.",
-    )
     return problem_response(problem, request.state.request_id)
 
 

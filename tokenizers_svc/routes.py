@@ -1,5 +1,6 @@
 """Which path is answered by which function, and what OpenAPI says about each."""
 
+import functools
 from typing import Any, Final
 
 from fastapi import FastAPI, Response
@@ -24,6 +25,7 @@ from tokenizers_svc.openapi import (
     tokens_answer,
 )
 from tokenizers_svc.problems import documented
+from tokenizers_svc.queries import DirectRoute
 from tokenizers_svc.schemas import BatchAnswer, TokenizeAnswer
 
 # What any route that takes a picture may answer.
@@ -55,7 +57,8 @@ def add_all(app: FastAPI) -> None:
 
 
 def _add_tokenize(app: FastAPI) -> None:
-    app.add_api_route(
+    add = functools.partial(app.router.add_api_route, route_class_override=DirectRoute)
+    add(
         "/v1/tokenize",
         routes_tokenize.tokenize,
         methods=["POST"],
@@ -65,7 +68,7 @@ def _add_tokenize(app: FastAPI) -> None:
         },
         openapi_extra=PICTURE_BODY,
     )
-    app.add_api_route(
+    add(
         "/v1/tokenize/batch",
         routes_tokenize.tokenize_batch,
         methods=["POST"],
@@ -75,7 +78,7 @@ def _add_tokenize(app: FastAPI) -> None:
         },
         openapi_extra=BATCH_BODY,
     )
-    app.add_api_route(
+    add(
         "/v1/tokens/{sha256}",
         routes_tokenize.find_tokens,
         responses={
@@ -87,8 +90,9 @@ def _add_tokenize(app: FastAPI) -> None:
 
 
 def _add_pictures(app: FastAPI) -> None:
+    add = functools.partial(app.router.add_api_route, route_class_override=DirectRoute)
     pictures = dict.fromkeys(routes_pictures.MEDIA_TYPES.values(), BINARY)
-    app.add_api_route(
+    add(
         "/v1/detokenize",
         routes_pictures.detokenize,
         methods=["POST"],
@@ -103,7 +107,7 @@ def _add_pictures(app: FastAPI) -> None:
         },
         openapi_extra=TOKENS_BODY,
     )  # fmt: skip
-    app.add_api_route(
+    add(
         "/v1/reconstruct",
         routes_pictures.reconstruct,
         methods=["POST"],
@@ -125,9 +129,10 @@ def _add_models(app: FastAPI) -> None:
     )
     for kind, endpoint in _CODEBOOK_FILES.items():
         problems = ("not-decodable",) if kind == "png" else ()
-        app.add_api_route(
+        app.router.add_api_route(
             f"/v1/models/{{model}}/codebook.{kind}",
             endpoint,
+            route_class_override=DirectRoute,
             response_class=Response,
             responses={
                 200: file_answer(codebook_files.MEDIA_TYPES[kind]),

@@ -6,46 +6,44 @@ from fastapi import Query, Request, Response
 
 from tokenizers_svc.codebook_files import MEDIA_TYPES, FileKind, make_file
 from tokenizers_svc.conditional import content_response
-from tokenizers_svc.intake import check_query
 from tokenizers_svc.problems import ProblemError
+from tokenizers_svc.queries import FileQuery, NoQuery, read_query
 from tokenizers_svc.registry import Served
 from tokenizers_svc.schemas import ModelInfo, ModelList, ReloadAnswer
 from tokenizers_svc.service import TokenizeService, begin
 
 _A_YEAR_S = 31_536_000
 
-Digest = Annotated[
-    str | None, Query(description="of the centroids; the answer may then be kept for ever")
-]
-
 
 async def list_models(request: Request) -> ModelList:
     """Return the models that answer here, the default one first, and the limits."""
     service: TokenizeService = request.app.state.service
-    check_query(request)
+    read_query(request, NoQuery)
     return ModelList(models=[describe(served, service) for served in service.registry])
 
 
 async def show_model(request: Request, model: str) -> ModelInfo:
     """Return one model, and the limits."""
     service, served = begin(request, model)
-    check_query(request)
+    read_query(request, NoQuery)
     return describe(served, service)
 
 
-async def get_npy(request: Request, model: str, digest: Digest = None) -> Response:
+async def get_npy(request: Request, model: str, query: Annotated[FileQuery, Query()]) -> Response:
     """Return the centroids (M, K, D), as numpy.save writes them."""
-    return await _get_file(request, model, "npy", digest)
+    return await _get_file(request, model, "npy", query.digest)
 
 
-async def get_png(request: Request, model: str, digest: Digest = None) -> Response:
+async def get_png(request: Request, model: str, query: Annotated[FileQuery, Query()]) -> Response:
     """Return the pixels of the centroids side by side, ceil(sqrt K) in a row."""
-    return await _get_file(request, model, "png", digest)
+    return await _get_file(request, model, "png", query.digest)
 
 
-async def get_safetensors(request: Request, model: str, digest: Digest = None) -> Response:
+async def get_safetensors(
+    request: Request, model: str, query: Annotated[FileQuery, Query()]
+) -> Response:
     """Return the whole codebook, as `patchcache fit` writes it."""
-    return await _get_file(request, model, "safetensors", digest)
+    return await _get_file(request, model, "safetensors", query.digest)
 
 
 async def reload_model(request: Request, model: str) -> ReloadAnswer:
@@ -54,7 +52,7 @@ async def reload_model(request: Request, model: str) -> ReloadAnswer:
     Until then the old one serves, and so it does when the new one cannot be loaded.
     """
     service, _ = begin(request, model)
-    check_query(request)
+    read_query(request, NoQuery)
     if service.is_draining:
         raise ProblemError(
             "draining", "The service is shutting down.", headers={"Retry-After": "1"}
@@ -94,7 +92,6 @@ def describe(served: Served, service: TokenizeService) -> ModelInfo:
 
 async def _get_file(request: Request, model: str, kind: FileKind, digest: str | None) -> Response:
     service, served = begin(request, model)
-    check_query(request, "digest")
     if digest is not None and digest != served.codebook.header.digest:
         raise ProblemError(
             "not-found", "The codebook of this model has another digest; /v1/models has it."

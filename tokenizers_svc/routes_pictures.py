@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -16,24 +16,16 @@ from tokenizers_svc.codebook_files import not_decodable
 from tokenizers_svc.decoding import make_view
 from tokenizers_svc.exchange import deadline, time_allowed, while_connected
 from tokenizers_svc.forms import NPY, array_response
-from tokenizers_svc.intake import Upload, check_query, parse_view
+from tokenizers_svc.intake import Upload, parse_view
 from tokenizers_svc.observation import RequestRecord
 from tokenizers_svc.problems import ProblemError
+from tokenizers_svc.queries import DetokenizeQuery, PictureForm, ReconstructQuery
 from tokenizers_svc.registry import Served
-from tokenizers_svc.routes_tokenize import ModelName, ViewText, note_outcomes, timing_headers
+from tokenizers_svc.routes_tokenize import note_outcomes, timing_headers
 from tokenizers_svc.service import TokenizeService, begin
 from tokenizers_svc.token_bodies import read_grids
 from tokenizers_svc.tokens import Outcome, Picture
 
-PictureForm = Literal["png", "webp", "npy"]
-PictureFormName = Annotated[
-    PictureForm | None,
-    Query(
-        alias="format",
-        description="of the picture; npy is (S, S, 3) uint8, and the one form of several pictures, "
-        "(B, S, S, 3)",
-    ),
-]
 MEDIA_TYPES: Final[dict[PictureForm, str]] = {"png": "image/png", "webp": "image/webp", "npy": NPY}
 
 
@@ -45,18 +37,16 @@ class Reconstruction(NamedTuple):
     outcome: Outcome
 
 
-async def detokenize(
-    request: Request, model: ModelName = None, picture_form: PictureFormName = None
-) -> Response:
+async def detokenize(request: Request, query: Annotated[DetokenizeQuery, Query()]) -> Response:
     """Return the picture that token ids stand for: every patch is the pixels of its centroid."""
-    service, served = _begin(request, model, "model", "format")
+    service, served = _begin(request, query.model)
     upload = Upload(request, service.limits, service.limits.max_body_bytes)
     with service.admit(served, upload) as place:
         async with deadline(time_allowed(request, service.limits.request_deadline_s)):
             started = time.perf_counter()
             grids = await read_grids(request, upload, served, service.limits)
             read_s = time.perf_counter() - started
-            form = picture_form or ("npy" if grids.is_batch else "png")
+            form = query.format or ("npy" if grids.is_batch else "png")
             if grids.is_batch and form != "npy":
                 raise ProblemError(
                     "not-acceptable", "Several pictures come as one npy file: add format=npy."
@@ -69,19 +59,14 @@ async def detokenize(
     return _answer(content, form, {"Server-Timing": f"read;dur={1000 * read_s:.2f}"})
 
 
-async def reconstruct(
-    request: Request,
-    model: ModelName = None,
-    view: ViewText = None,
-    picture_form: PictureFormName = None,
-) -> Response:
+async def reconstruct(request: Request, query: Annotated[ReconstructQuery, Query()]) -> Response:
     """Return what is left of a picture whose patches are replaced by their centroids.
 
     X-PSNR says how near it is to the resized view, in dB.
     """
-    service, served = _begin(request, model, "model", "view", "format")
-    box = parse_view(view)
-    form = picture_form or "png"
+    service, served = _begin(request, query.model)
+    box = parse_view(query.view)
+    form = query.format or "png"
     upload = Upload(request, service.limits, service.limits.max_body_bytes)
     with service.admit(served, upload):
         async with deadline(time_allowed(request, service.limits.request_deadline_s)):
@@ -99,9 +84,8 @@ async def reconstruct(
     return _answer(content, form, headers)
 
 
-def _begin(request: Request, model: str | None, *names: str) -> tuple[TokenizeService, Served]:
+def _begin(request: Request, model: str | None) -> tuple[TokenizeService, Served]:
     service, served = begin(request, model)
-    check_query(request, *names)
     if not served.codebook.decodes_to_pixels:
         raise not_decodable(served)
     return service, served

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, cast
 
 import numpy as np
 from fastapi import Path, Query, Request, Response
@@ -28,10 +28,11 @@ from tokenizers_svc.forms import (
     picture_fields,
     token_response,
 )
-from tokenizers_svc.intake import Upload, check_query, parse_view
+from tokenizers_svc.intake import Upload, parse_view
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.observation import RequestRecord
 from tokenizers_svc.problems import ProblemError, internal_problem
+from tokenizers_svc.queries import BatchQuery, TokenizeQuery, ViewQuery
 from tokenizers_svc.registry import Served
 from tokenizers_svc.schemas import FieldError
 from tokenizers_svc.service import TokenizeService, begin
@@ -43,43 +44,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ALL_FORMS: Final = ("json", "npy", "raw", "msgpack")
 _FIELD_FORMS: Final = ("json", "msgpack")
 
-ModelName = Annotated[
-    str | None, Query(description="name of the model; without it, the default one")
-]
-ViewText = Annotated[
-    str | None,
-    Query(
-        description="top,left,height,width in pixels of the decoded, upright picture, and ,1 "
-        "to mirror the resized view; without it, the largest centred square",
-        examples=["0,32,224,224", "0,32,224,224,1"],
-    ),
-]
-OnError = Annotated[
-    Literal["item", "fail"],
-    Query(description="what a bad picture does: its own item says why, or the whole request fails"),
-]
-TopK = Annotated[int | None, Query(description="nearest centroids of every patch to answer with")]
-Temperature = Annotated[
-    float | None, Query(description="of their softmax, in units of the codebook's mean distance")
-]
 
-
-async def tokenize(
-    request: Request,
-    model: ModelName = None,
-    view: ViewText = None,
-    soft_top_k: TopK = None,
-    soft_temperature: Temperature = None,
-) -> Response:
+async def tokenize(request: Request, query: Annotated[TokenizeQuery, Query()]) -> Response:
     """Return the token ids of one view of the picture in the body.
 
     `curl --data-binary @photo.jpg http://HOST/v1/tokenize`
     """
-    service, served = begin(request, model)
-    check_query(request, "model", "view", "soft_top_k", "soft_temperature")
-    soft = _soft(served, soft_top_k, soft_temperature, service.limits)
+    service, served = begin(request, query.model)
+    soft = _soft(served, query, service.limits)
     form = choose_form(request, *(_FIELD_FORMS if soft else _ALL_FORMS))
-    box = parse_view(view)
+    box = parse_view(query.view)
     upload = Upload(request, service.limits, service.limits.max_body_bytes)
     with service.admit(served, upload):
         async with deadline(time_allowed(request, service.limits.request_deadline_s)):
@@ -97,18 +71,15 @@ async def tokenize(
     return token_response(served, outcome.tokens, form, headers)
 
 
-async def tokenize_batch(
-    request: Request, model: ModelName = None, on_error: OnError = "item"
-) -> Response:
+async def tokenize_batch(request: Request, query: Annotated[BatchQuery, Query()]) -> Response:
     """Return the token ids of several pictures.
 
     `curl -F files=@a.jpg -F files=@b.jpg http://HOST/v1/tokenize/batch`
     """
-    service, served = begin(request, model)
+    service, served = begin(request, query.model)
     limits = service.limits
-    check_query(request, "model", "on_error")
     # An array has no place for an error.
-    form = choose_form(request, *(_ALL_FORMS if on_error == "fail" else _FIELD_FORMS))
+    form = choose_form(request, *(_ALL_FORMS if query.on_error == "fail" else _FIELD_FORMS))
     upload = Upload(request, limits, limits.max_batch_body_bytes)
     with service.admit(served, upload) as place:
         async with deadline(time_allowed(request, limits.request_deadline_s)):
@@ -120,7 +91,7 @@ async def tokenize_batch(
     outcomes = [result for result in results if isinstance(result, Outcome)]
     note_outcomes(request, read_s, outcomes)
     headers = {**timing_headers(read_s, outcomes), "Vary": "Accept"}
-    if on_error == "fail":
+    if query.on_error == "fail":
         _raise_first(results)
     if form in ("npy", "raw"):
         ids = np.frombuffer(b"".join(outcome.tokens.ids for outcome in outcomes), "<u2")
@@ -135,19 +106,17 @@ async def tokenize_batch(
 async def find_tokens(
     request: Request,
     sha256: Annotated[str, Path(description="of the image file, hexadecimal")],
-    model: ModelName = None,
-    view: ViewText = None,
+    query: Annotated[ViewQuery, Query()],
 ) -> Response:
     """Return what was answered for the picture with this SHA-256, if it is still kept.
 
     The view is that of the earlier request, in the same words.
     """
-    service, served = begin(request, model)
-    check_query(request, "model", "view")
+    service, served = begin(request, query.model)
     form = choose_form(request, *_ALL_FORMS)
     if not _SHA256.fullmatch(sha256):
         raise ProblemError("bad-request", "A SHA-256 has 64 hexadecimal digits, in lower case.")
-    key = Key(sha256, served.fingerprint, parse_view(view), None)
+    key = Key(sha256, served.fingerprint, parse_view(query.view), None)
     tokens = service.kept.find(key)
     if tokens is None:
         raise ProblemError(
@@ -208,9 +177,8 @@ def _item_fields(
     return {"error": result.document(request_id).model_dump(mode="json", exclude_none=True)}
 
 
-def _soft(
-    served: Served, top_k: int | None, temperature: float | None, limits: Limits
-) -> SoftSpec | None:
+def _soft(served: Served, query: TokenizeQuery, limits: Limits) -> SoftSpec | None:
+    top_k, temperature = query.soft_top_k, query.soft_temperature
     if top_k is not None and top_k > limits.max_soft_top_k:
         raise ProblemError(
             "no-soft-targets",

@@ -8,6 +8,16 @@ import threading
 
 import pytest
 
+from tests.tokenizers_svc.sockets import (
+    HEAD,
+    WHOLE,
+    can_connect,
+    check_refusal,
+    chunked,
+    connect,
+    exchange,
+    read_to_end,
+)
 from tests.tokenizers_svc.support import (
     WatchedTokenizer,
     expected_ids,
@@ -24,8 +34,6 @@ from tokenizers_svc.app import create_app
 from tokenizers_svc.limits import Limits
 
 BODY = jpeg()
-HEAD = b"GET /healthz HTTP/1.1\r\nHost: here\r\n"
-WHOLE = HEAD + b"\r\n"
 
 
 @contextlib.contextmanager
@@ -54,41 +62,6 @@ def patient():
         yield client
 
 
-def connect(client, receive_buffer=None):
-    connection = socket.socket()
-    connection.settimeout(20)
-    if receive_buffer:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.connect((client.base_url.host, client.base_url.port))
-    return connection
-
-
-def read_to_end(connection):
-    """All that the server sends until it closes."""
-    parts = []
-    with connection, contextlib.suppress(ConnectionResetError):
-        while part := connection.recv(65_536):
-            parts.append(part)
-    return b"".join(parts)
-
-
-def exchange(client, sent):
-    connection = connect(client)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        connection.sendall(sent)
-    return read_to_end(connection)
-
-
-def check_refusal(answer, status, code):
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
-    assert b"content-type: application/problem+json" in head
-    assert b"connection: close" in head
-    problem = json.loads(body)
-    assert problem["code"] == code
-    return problem
-
-
 def check_service(client):
     assert post(client, BODY).json()["token_ids"] == expected_ids(BODY)
 
@@ -104,6 +77,7 @@ def test_a_head_that_stops_in_the_middle_is_given_up(hasty):
 
 def test_a_head_that_drips_has_no_more_time(hasty):
     connection = connect(hasty)
+    connection.sendall(HEAD + b"X: ")
     dripping = threading.Event()
 
     def drip():
@@ -180,11 +154,6 @@ def test_what_is_no_http_is_a_problem_like_any_other(patient, sent, status, code
     check_service(patient)
 
 
-def chunked(*parts):
-    head = b"POST /v1/tokenize HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
-    return head + b"".join(parts)
-
-
 @pytest.mark.parametrize(
     "parts",
     [
@@ -228,6 +197,18 @@ def test_a_half_closed_connection_frees_its_place(patient):
     wait_until(lambda: patient.service.num_admitted == 0)
     connection.close()
     check_service(patient)
+
+
+def test_a_client_that_hangs_up_with_requests_waiting_frees_its_place():
+    with service(max_batch=1) as client:
+        client.tokenizer.may_run.clear()
+        connection = open_request(client, BODY)
+        wait_until(lambda: client.service.num_admitted == 1)
+        connection.sendall(WHOLE * 3)
+        connection.close()
+        wait_until(lambda: client.service.num_admitted == 0)
+        client.tokenizer.may_run.set()
+        check_service(client)
 
 
 def test_pipelined_requests_are_answered_in_turn(patient):
@@ -297,11 +278,3 @@ def test_a_request_on_its_way_is_answered_although_the_service_leaves(monkeypatc
     answer = read_to_end(early)
     leaving.join(20)
     assert answer.startswith(b"HTTP/1.1 200 ")
-
-
-def can_connect(client):
-    try:
-        socket.create_connection((client.base_url.host, client.base_url.port)).close()
-    except ConnectionError:
-        return False
-    return True

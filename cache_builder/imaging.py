@@ -21,7 +21,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ MAX_PIXELS: Final = 89_478_485  # Pillow's own warning threshold, 256 MiB of RGB
 
 _BAND_PIXELS: Final = 1 << 20
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_DIRECT: Final = ("RGB", "L")  # modes of a JPEG that torchcodec decodes
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 # What decoders raise on damaged files is not documented; all of it means the same.
 _DECODER_ERRORS: Final = (
@@ -85,35 +86,60 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         ImageTooLargeError: More pixels than that.
         ImageError: Not an image, corrupt, truncated, hostile, or without a defined range.
     """
-    with _as_image_errors():
-        image = _open(data, max_pixels)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageTooLargeError(
-                f"{width} x {height} pixels are more than the limit of {max_pixels:,}",
-                num_pixels=width * height,
-            )
-        if _decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
-            return _decode_jpeg(data)
-        return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
+    return EncodedImage(data, max_pixels=max_pixels).decode()
 
 
-class ImageHeader(NamedTuple):
-    """What a file says of its picture before it is decoded; the size is the stored one."""
+class EncodedImage:
+    """A picture whose header has been read, and nothing else of it.
 
-    format: str
-    width: int
-    height: int
-
-
-def read_header(data: bytes) -> ImageHeader:
-    """Return format and size of the picture in `data` without decoding a pixel.
-
-    Raises:
-        ImageError: Not an image of a known format, or its header is damaged.
+    `format`, `width` and `height` are what the file says; the size is the stored one, before the
+    picture is turned upright.
     """
-    with _as_image_errors(), _open(data, MAX_PIXELS) as image:
-        return ImageHeader(str(image.format), image.width, image.height)
+
+    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+        """Read the header.
+
+        Args:
+            data: As for `decode`.
+            max_pixels: Largest width x height that will be decoded.
+
+        Raises:
+            ImageError: Not an image of a known format, or its header is damaged or hostile.
+        """
+        if not data:
+            raise ImageError("the file is empty")
+        self._data = data
+        self._max_pixels = max_pixels
+        with _as_image_errors():
+            check_header(data, max_pixels=max_pixels)
+            self._image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        self.format = str(self._image.format)
+        self.width, self.height = self._image.size
+
+    @property
+    def num_pixels(self) -> int:
+        """Width x height."""
+        return self.width * self.height
+
+    def decode(self) -> Tensor:
+        """Return the picture as `decode` does; to be called once.
+
+        Raises:
+            ImageTooLargeError: It has more pixels than it may.
+            ImageError: As for `decode`.
+        """
+        if self.num_pixels > self._max_pixels:
+            raise ImageTooLargeError(
+                f"{self.width} x {self.height} pixels are more than the limit of "
+                f"{self._max_pixels:,}",
+                num_pixels=self.num_pixels,
+            )
+        image = self._image
+        del self._image  # Pillow would keep what it decodes, as large as the result
+        with _as_image_errors():
+            if _decode_jpeg is not None and self.format == "JPEG" and image.mode in _DIRECT:
+                return _decode_jpeg(self._data)
+            return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
 
 
 def apply_view(
@@ -215,13 +241,6 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     channels = patches.shape[-1] // (p * p)
     cut = patches.reshape(batch, rows, cols, channels, p, p)
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * p, cols * p)
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    if not data:
-        raise ImageError("the file is empty")
-    check_header(data, max_pixels=max_pixels)
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 @contextlib.contextmanager

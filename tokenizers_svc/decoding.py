@@ -15,7 +15,7 @@ from torch import Tensor
 from cache_builder.errors import ImageError, ImageTooLargeError
 from cache_builder.formats.codebook import PixelRule
 from cache_builder.formats.views import View, centre_square
-from cache_builder.imaging import apply_view, decode, read_header
+from cache_builder.imaging import EncodedImage, apply_view
 from tokenizers_svc.intake import HOW_TO_SEND
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.pixel_budget import PixelBudget
@@ -49,12 +49,11 @@ def make_view(
     if not body:
         raise ProblemError("empty-body", HOW_TO_SEND)
     try:
-        header = read_header(body)
+        encoded = EncodedImage(body, max_pixels=max_pixels)
         # One that is too large is refused by the decoder, and takes no room for that.
-        num_pixels = header.width * header.height
+        num_pixels = encoded.num_pixels
         with budget.room_for(num_pixels if num_pixels <= max_pixels else 0):
-            pixels = decode(body, max_pixels=max_pixels)
-            return _cut(pixels, view, rule, header.format)
+            return _cut(encoded.decode(), view, rule, encoded.format)
     except ImageError as exc:
         raise _image_problem(exc, max_pixels) from exc
 
@@ -85,8 +84,7 @@ def check_total_pixels(bodies: Iterable[bytes], limits: Limits) -> None:
     total = 0
     for body in bodies:
         with contextlib.suppress(ImageError):
-            header = read_header(body)
-            num_pixels = header.width * header.height
+            num_pixels = EncodedImage(body).num_pixels
             total += num_pixels if num_pixels <= limits.max_pixels else 0
     if total > limits.max_batch_pixels:
         raise ProblemError(

@@ -67,15 +67,22 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientDisconnect: The client hung up.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnection(request))
+    scope = asyncio.timeout(None)
+
+    def give_up(_: asyncio.Task[None]) -> None:
+        scope.reschedule(0)
+
+    leaving = asyncio.create_task(_disconnection(request))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        async with scope:
+            leaving.add_done_callback(give_up)
+            return await work
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise ClientDisconnect from None
     finally:
-        working.cancel()
+        leaving.remove_done_callback(give_up)
         leaving.cancel()
 
 

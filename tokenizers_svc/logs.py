@@ -17,6 +17,7 @@ LogFormat = Literal["auto", "text", "json"]
 
 _access: Final = logging.getLogger("patchcache.access")
 _QUIET_ROUTES: Final = {"/healthz", "/readyz", "/metrics"}
+_encode: Final = json.JSONEncoder(default=str).encode
 _CHATTY: Final = ("ray", "httpx", "httpcore", "PIL", "asyncio", "uvicorn", "opentelemetry")
 
 
@@ -58,7 +59,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _encode(line)
 
 
 def log_request(record: RequestRecord) -> None:
@@ -85,8 +86,7 @@ def log_request(record: RequestRecord) -> None:
         fields["stages_ms"] = stages_ms
     if record.problems:
         fields["problems"] = record.problems
-    _access.info(
-        "%s %s %d in %.1f ms%s%s %s",
+    message = "{} {} {} in {:.1f} ms{}{} {}".format(
         record.method,
         record.route,
         record.status,
@@ -94,5 +94,8 @@ def log_request(record: RequestRecord) -> None:
         "".join(f" {name}={ms:g}" for name, ms in stages_ms.items()),
         f" {','.join(record.problems)}" if record.problems else "",
         record.request_id,
-        extra={"fields": fields},
     )
+    # Not `info`, which walks the stack for the line that called it, at every request.
+    level = {"levelno": logging.INFO, "levelname": "INFO"}
+    line = {"name": _access.name, **level, "msg": message, "fields": fields}
+    _access.handle(logging.makeLogRecord(line))

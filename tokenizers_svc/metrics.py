@@ -9,6 +9,7 @@ codes of problems; a client cannot add to them.
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -64,8 +65,8 @@ class Metrics:
             "http_request_duration_seconds", "first byte in to last byte out",
             _LATENCIES_S, "method", "route",
         )  # fmt: skip
-        self._received = make.counter("http_received_bytes", "bytes of bodies received")
-        self._sent = make.counter("http_sent_bytes", "bytes of bodies sent")
+        self._received = make.counter("http_received_bytes", "bytes of bodies received")()
+        self._sent = make.counter("http_sent_bytes", "bytes of bodies sent")()
         self._stages = make.histogram(
             "stage_seconds",
             "time of one picture in one stage: read, decode, queue, infer",
@@ -85,29 +86,31 @@ class Metrics:
         self._batch_seconds = make.histogram(
             "batch_seconds", "one run of the model", _LATENCIES_S, "model"
         )
-        self._lag = make.histogram("event_loop_lag_seconds", "how late the event loop was", _LAGS_S)
+        self._lag = make.histogram(
+            "event_loop_lag_seconds", "how late the event loop was", _LAGS_S
+        )()
 
     def note_request(self, record: RequestRecord) -> None:
         """Count a request that has ended: an observer of `Observation`."""
-        self._requests.labels(record.method, record.route, str(record.status)).inc()
-        self._duration.labels(record.method, record.route).observe(record.seconds)
+        self._requests(record.method, record.route, str(record.status)).inc()
+        self._duration(record.method, record.route).observe(record.seconds)
         self._received.inc(record.received_bytes)
         self._sent.inc(record.sent_bytes)
         model = record.model or ""
         for stage in record.stages:
-            self._stages.labels(model, stage.name).observe(stage.seconds)
+            self._stages(model, stage.name).observe(stage.seconds)
         if record.num_images:
-            self._images.labels(model).inc(record.num_images)
+            self._images(model).inc(record.num_images)
         for code in record.problems:
             counter = self._rejected if code in _REFUSALS_AT_THE_DOOR else self._failures
-            counter.labels(code).inc()
+            counter(code).inc()
         if record.status == CLIENT_CLOSED_REQUEST:
-            self._cancelled.labels(model).inc()
+            self._cancelled(model).inc()
 
     def note_batch(self, model: str, report: BatchReport) -> None:
         """Count a run of the model; called in the thread that ran it."""
-        self._batches.labels(model).observe(report.num_pictures)
-        self._batch_seconds.labels(model).observe(report.infer_s)
+        self._batches(model).observe(report.num_pictures)
+        self._batch_seconds(model).observe(report.infer_s)
         self._last_batch[model] = time.time()
 
     def note_ids(self, model: str, codebook: Codebook, token_ids: NDArray[np.integer]) -> None:
@@ -164,18 +167,26 @@ class CodebookUsage:
 
 
 class _Maker:
-    """Instruments of one registry with our prefix."""
+    """Instruments of one registry with our prefix, each a function of the values of its labels.
+
+    The library looks up an instrument of given labels under a lock, and there are a dozen of them
+    to a request; here each is looked up once.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
 
-    def counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"patchcache_{name}", text, labels, registry=self._registry)
+    def counter(self, name: str, text: str, *labels: str) -> Callable[..., Counter]:
+        counter = Counter(f"patchcache_{name}", text, labels, registry=self._registry)
+        return functools.cache(counter.labels) if labels else lambda: counter
 
-    def histogram(self, name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
-        return Histogram(
+    def histogram(
+        self, name: str, text: str, buckets: Iterable[float], *labels: str
+    ) -> Callable[..., Histogram]:
+        histogram = Histogram(
             f"patchcache_{name}", text, labels, buckets=tuple(buckets), registry=self._registry
         )
+        return functools.cache(histogram.labels) if labels else lambda: histogram
 
 
 class _StateCollector(Collector):

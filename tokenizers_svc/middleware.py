@@ -19,6 +19,7 @@ from tokenizers_svc.problems import internal_problem, problem_response
 logger = logging.getLogger(__name__)
 
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
 
 class CommonHeaders:
@@ -46,12 +47,15 @@ class CommonHeaders:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers["X-Tokenizer-Fingerprint"] = state.get("fingerprint") or self._fingerprint()
-                headers["X-Content-Type-Options"] = "nosniff"
+                fingerprint = state.get("fingerprint") or self._fingerprint()
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-tokenizer-fingerprint", fingerprint.encode()),
+                    _NO_SNIFFING,
+                ]
                 if self._is_draining():
-                    headers["Connection"] = "close"
+                    MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
         try:

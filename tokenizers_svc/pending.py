@@ -42,11 +42,12 @@ class Crew(NamedTuple):
         """Return the threads for a tokenizer that runs on `device`.
 
         On a CPU they are `num_lanes` that also decode, on a GPU `num_decoders` beside two lanes
-        that take turns.
+        that take turns. All that a lane computes beside a GPU are copies of views: a second thread
+        would spin after each of them for longer than it takes.
         """
         if device.type == "cpu":
             return cls(num_lanes=num_lanes, num_turns=num_lanes, torch_threads=1)
-        return cls(num_lanes=2, num_turns=1, num_decoders=num_decoders)
+        return cls(num_lanes=2, num_turns=1, num_decoders=num_decoders, torch_threads=1)
 
 
 @dataclass(eq=False, slots=True)

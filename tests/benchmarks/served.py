@@ -56,10 +56,10 @@ def serve_ours(codebook: Any) -> None:
 
 def serve_device() -> None:
     """Serve the accelerator with our batcher, every picture being the same grey one."""
-    from tokenizers_svc import decoding
+    from cache_builder.imaging import EncodedImage
 
     grey = torch.full((3, 224, 224), 128, dtype=torch.uint8)
-    decoding.decode = lambda body, max_pixels: grey
+    EncodedImage.decode = lambda image: grey
     serve_ours(Accelerator())
 
 

@@ -192,7 +192,7 @@ def check_builder(builder):
 def check_service(service):
     (service.work / "keys").write_text(f"{KEY} check\n")
     health = service.dockerfile.words("HEALTHCHECK")
-    photo = min((service.work / "photos").iterdir())
+    photo = min((service.work / "photos").rglob("*.jpg"))
     with service.started("--codebook", "photos.safetensors", "--key-file", "keys") as process:
         end = time.monotonic() + START_S
         while (last := service.beside(process, *health)).returncode:

@@ -127,6 +127,7 @@ def test_installed_tokenizers_are_listed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_this_machine_is_well(patchcache):
     done = patchcache("doctor", "--json")
+    assert done.out, done.err
     report = json.loads(done.out)
     states = {finding["name"]: finding for finding in report["findings"]}
     assert done.status == 0, report

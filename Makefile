@@ -17,8 +17,8 @@ demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo D
 test: $(INSTALLED)  ## the tests
 	$(BIN)/python $(PYTEST)
 
-integration: $(INSTALLED)  ## clusters of several hosts, which need root and minutes
-	$(BIN)/python -m pytest -m hosts tests/integration
+integration: $(INSTALLED)  ## what needs root, a machine of its own or minutes: clusters of several hosts first of all
+	$(BIN)/python -m pytest -m hosts
 
 images-check: $(INSTALLED)  ## what is in the images, run as containers run it: root, minutes, 15 GB
 	$(BIN)/python -m tests.integration.check_images

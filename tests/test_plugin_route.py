@@ -189,7 +189,7 @@ def test_workers_on_ray_find_the_plugin(site, folder, codebook, cache):
     assert shards == {path.name: path.read_bytes() for path in cache.glob("shards/*")}
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_a_vq_autoencoder_of_photographs_draws_them_again(patchcache, site, photos, tmp_path):
     from patchcache_vq import VQAutoencoder
 

@@ -31,6 +31,7 @@ from cache_builder.ray_cluster import Cluster, ClusterOptions, connect
 from tokenizers_svc import logs
 from tokenizers_svc.access import Access, check_exposure
 from tokenizers_svc.app import create_app
+from tokenizers_svc.collection import spare_what_is_loaded
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.options import ServiceOptions
 from tokenizers_svc.ray_proxy import proxy_middleware
@@ -308,6 +309,7 @@ def _until_warm(lifespan: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 if service.failure is not None:
                     raise service.failure
                 await asyncio.sleep(_WARM_UP_POLL_S)
+            spare_what_is_loaded()
             obeying = asyncio.create_task(_obey(app))
             try:
                 yield state

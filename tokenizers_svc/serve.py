@@ -32,6 +32,7 @@ from pydantic import SecretStr
 from cache_builder.errors import ConfigError, PatchCacheError
 from tokenizers_svc.access import check_exposure, is_exposed
 from tokenizers_svc.app import create_app
+from tokenizers_svc.collection import spare_what_is_loaded
 from tokenizers_svc.connections import bounded_config
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.options import ServiceOptions
@@ -176,7 +177,11 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 def _wait_for_end(app: FastAPI, thread: threading.Thread, signals: Signals) -> bool:
     """Return when the server should stop accepting, and whether a signal asked for it."""
     service: TokenizeService = app.state.service
+    has_spared = False
     while thread.is_alive() and service.failure is None:
+        if not has_spared and service.why_not_ready() is None:
+            spare_what_is_loaded()
+            has_spared = True
         complaint = service.complaint()
         if complaint is not None:
             logger.error("%s The service ends.", complaint)

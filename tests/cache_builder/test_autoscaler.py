@@ -13,7 +13,7 @@ from tests.autoscaling import ADDED, configuration
 from tests.clusters import descendants, kill_all, new_cluster, wait_until
 from tests.servers import free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 NUM_UNITS = 8
 IDLE_S = 6  # after which a node leaves

@@ -127,6 +127,29 @@ def can_connect(client):
     return True
 
 
+RUN_AND_SHOW_THE_COLLECTOR = """
+import gc
+from tests.tokenizers_svc.support import WatchedTokenizer
+from tokenizers_svc.app import create_app
+from tokenizers_svc.serve import run_app
+
+app = create_app(WatchedTokenizer())
+
+@app.get("/frozen")
+def frozen():
+    return [gc.get_freeze_count(), gc.isenabled()]
+
+run_app(app, port=0)
+"""
+
+
+def test_the_collector_passes_over_what_was_loaded_and_goes_on_for_what_comes():
+    with process(RUN_AND_SHOW_THE_COLLECTOR) as (running, client, _):
+        wait_until(lambda: client.get("/frozen").json()[0] > 100_000)
+        assert client.get("/frozen").json()[1]
+        running.send_signal(signal.SIGINT)
+
+
 @pytest.mark.slow
 def test_sigterm_answers_every_picture_that_waits_in_the_queue():
     with process(RUN_SLOWLY, 0.1) as (server, client, _):

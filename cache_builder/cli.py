@@ -16,6 +16,7 @@ from cache_builder import __version__
 from cache_builder.cli_caches import convert, merge, subset, verify
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.cli_inspect import inspect
+from cache_builder.cli_interchange import export_codebook, import_tokens, pull, push
 from cache_builder.cli_options import (
     IMAGES,
     CpusPerWorker,
@@ -362,6 +363,10 @@ for command in (
     doctor,
 ):  # fmt: skip
     app.command()(command)
+app.command("import")(import_tokens)
+app.command("export-codebook")(export_codebook)
+app.command()(push)
+app.command()(pull)
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ _GOES_ON = "stopped; the same command continues"
 
 _EXTRA_OF_COMMAND = {
     "fit": "build", "build": "build", "verify": "build", "inspect": "build", "adopt": "tokens",
-    "convert": "build", "merge": "build", "subset": "build",
+    "convert": "build", "merge": "build", "subset": "build", "import": "build",
+    "push": "hub", "pull": "hub",
     "serve": "serve", "tokenize": "client", "train": "train", "probe": "train", "finetune": "train",
     "export": "train",
 }  # fmt: skip

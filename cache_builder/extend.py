@@ -61,13 +61,18 @@ def run(options: ExtendOptions, progress: Progress | None = None) -> BuildSummar
 
     Raises:
         ArtifactError: The cache is unfinished or damaged, or a codebook is.
-        ConfigError: There would be fewer views than there are.
+        ConfigError: There would be fewer views than there are, or they were given.
         CacheInUseError: Another driver writes there.
     """
     store = open_store(options.cache)
     CacheManifest.load(store)  # says what is missing before anything is written
     with store.lock(holder()):
         manifest = CacheManifest.load(store)
+        if manifest.view_spec.given:
+            raise ConfigError(
+                f"The views of {options.cache} were given when it was imported; no others can be "
+                "drawn beside them. Build a cache from its images."
+            )
         plan = read_model(BuildPlan, store, PLAN_NAME)
         layers = _missing(options, _tokenizers(options, store, manifest))
         if not layers:

@@ -107,6 +107,11 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sha1_bytes(data: bytes) -> str:
+    """Return the SHA-1 of `data` in hexadecimal: what git names things by, no proof of anything."""
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, read in blocks."""
     digest = hashlib.sha256()

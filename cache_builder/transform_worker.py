@@ -32,8 +32,7 @@ from cache_builder.formats.payloads import (
     sum_soft,
 )
 from cache_builder.formats.sample import CachedSample, NewSample
-from cache_builder.formats.shards import ShardWriter
-from cache_builder.formats.zarr_store import RowWriter
+from cache_builder.formats.writers import open_writer
 from cache_builder.image_types import image_extension
 from cache_builder.stores import Store, open_store
 
@@ -93,7 +92,7 @@ class TransformWorker:
         number, spec = unit.plan.unit, target.plan.spec
         left_out = {sample.key for sample in unit.skipped}
         rows = (row for row in unit.plan.rows if row.key not in left_out)
-        with _open_writer(target, number) as writer:
+        with open_writer(target.store, target.plan, number) as writer:
             for row, place in zip(rows, unit.places, strict=True):
                 writer.add(self._read(row, place, fingerprint, spec))
             written = writer.finish()
@@ -185,12 +184,6 @@ class TransformWorker:
 class _Target(NamedTuple):
     store: Store
     plan: BuildPlan
-
-
-def _open_writer(target: _Target, unit: int) -> ShardWriter | RowWriter:
-    if target.plan.spec.layout == "webdataset":
-        return ShardWriter(target.store, unit)
-    return RowWriter(target.store, target.plan.spec, target.plan.num_units, unit)
 
 
 def _first_views(sample: CachedSample, num_views: int) -> CachedSample:

@@ -30,9 +30,8 @@ from cache_builder.formats.manifest import (
     Written,
 )
 from cache_builder.formats.sample import CachedSample, NewSample
-from cache_builder.formats.shards import ShardWriter
 from cache_builder.formats.views import View, draw_views
-from cache_builder.formats.zarr_store import RowWriter
+from cache_builder.formats.writers import open_writer
 from cache_builder.image_types import image_extension
 from cache_builder.imaging import apply_view, decode, shrink
 from cache_builder.sources import image_bytes
@@ -101,7 +100,7 @@ def build_unit(
         return _cut_batch(pictures, specs, shrink_to, may_skip=skipped is None)
 
     with contextlib.ExitStack() as stack:
-        writers = [_open_writer(target, unit) for target in targets]
+        writers = [open_writer(target.store, target.plan, unit) for target in targets]
         for writer in writers:
             stack.enter_context(writer)
         parts = _split(pictures, _IMAGES_PER_BATCH)
@@ -245,12 +244,6 @@ def _tokenise(
         )
         extension = image.extension if embedded else ""
         yield NewSample(sample, extension, image.row.source, image.image_size)
-
-
-def _open_writer(target: Target, unit: int) -> ShardWriter | RowWriter:
-    if target.plan.spec.layout == "webdataset":
-        return ShardWriter(target.store, unit)
-    return RowWriter(target.store, target.plan.spec, target.plan.num_units, unit)
 
 
 def _record(

@@ -13,6 +13,9 @@ centroids were fitted is recorded beside them and belongs to neither.
 A tokenizer that was learned elsewhere and comes from an installed plugin has the same file. Its
 extractor is `plugin:NAME`, `plugin` says which distribution brings it, and its centroids are what
 it says of itself: (M, K, 0) where it has none.
+
+Token ids that another tool made, and that were imported, have a codebook as well. Its extractor is
+`foreign:NAME`, the name that the tokenizer was given, and its centroids are (1, K, 0).
 """
 
 import json
@@ -26,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from cache_builder import files
-from cache_builder.errors import ArtifactError, FormatVersionError
+from cache_builder.errors import ArtifactError, ConfigError, FormatVersionError
 from cache_builder.formats.views import Interpolation
 from cache_builder.stores import read_location
 
@@ -37,6 +40,7 @@ CENTROID_TYPES = (np.uint8, np.int16, np.float32)
 Metric = Literal["l2", "cosine"]
 
 PLUGIN_PREFIX = "plugin:"
+FOREIGN_PREFIX = "foreign:"
 
 _METADATA_KEY = "patchcache"
 
@@ -69,7 +73,9 @@ class PixelRule(BaseModel, frozen=True, extra="forbid"):
 class ExtractorSpec(BaseModel, frozen=True, extra="forbid"):
     """Which patch features are quantised. `weights` says where the weights were found."""
 
-    id: str = Field(description="`pixel`, `open_clip:MODEL`, `timm:MODEL` or `plugin:NAME`")
+    id: str = Field(
+        description="`pixel`, `open_clip:MODEL`, `timm:MODEL`, `plugin:NAME` or `foreign:NAME`"
+    )
     layer: str = Field("", description="which map of the model; empty for pixels")
     args: dict[str, JsonValue] = Field(default_factory=dict, description="model arguments")
     weights_digest: str = Field("", description="SHA-256 of the weights; empty for pixels")
@@ -214,6 +220,23 @@ class Codebook:
     def has_centroids(self) -> bool:
         """Whether ids stand for vectors; a plugin need not say which."""
         return self.dim > 0
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another tool made the token ids, and its tokenizer is not here."""
+        return self.extractor.id.startswith(FOREIGN_PREFIX)
+
+    def require_centroids(self, what: str) -> None:
+        """Refuse what needs centroids where there are none.
+
+        Raises:
+            ConfigError: There are none; the message begins with `what`.
+        """
+        if not self.has_centroids:
+            raise ConfigError(
+                f"{what} needs centroids, and the token ids of {self.extractor.id} come without "
+                "any. Fit a codebook with `patchcache fit` and build with that."
+            )
 
     @property
     def has_pixel_centroids(self) -> bool:
@@ -380,7 +403,7 @@ def _check_arrays(
             "centroids must be (M, K, D) uint8, int16 or float32, "
             f"not {centroids.shape} {centroids.dtype}"
         )
-    if not centroids.shape[2] and not extractor.id.startswith(PLUGIN_PREFIX):
+    if not centroids.shape[2] and not extractor.id.startswith((PLUGIN_PREFIX, FOREIGN_PREFIX)):
         raise ArtifactError(f"centroids of {extractor.id} have no values")
     if not 0 < centroids.shape[1] <= MAX_VOCAB_SIZE:
         raise ArtifactError(

@@ -4,7 +4,8 @@ A view is an integer box in the decoded, EXIF-upright, un-flipped picture, and w
 crop is mirrored. View 0 is the largest centred square; the others are random resized crops in the
 manner of BEiT. They are drawn from (seed, sample key, view index, picture size) and from nothing
 else: not from the worker, the shard or the order. The boxes are stored in the cache all the same,
-so a reader never has to draw one.
+so a reader never has to draw one. The boxes of an imported cache may be another tool's: they are
+`given`, and nothing draws them again.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from cache_builder.errors import ConfigError
 
 Interpolation = Literal["bicubic", "bilinear"]
 Range = Annotated[tuple[float, float], Field(description="lower and upper end")]
@@ -48,6 +51,7 @@ class ViewSpec(BaseModel, frozen=True, extra="forbid"):
     ratio: Range = Field((3 / 4, 4 / 3), description="width / height of a crop")
     hflip: float = Field(0.5, ge=0, le=1, description="probability that a random view is mirrored")
     seed: int = 0
+    given: bool = Field(False, description="boxes that another tool drew, not those of the seed")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -55,9 +59,9 @@ class ViewSpec(BaseModel, frozen=True, extra="forbid"):
         return (self.size // self.patch_size, self.size // self.patch_size)
 
     @model_serializer(mode="wrap")
-    def _leave_out_zero(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        return fields if self.first_view else {k: v for k, v in fields.items() if k != "first_view"}
+        return {k: v for k, v in fields.items() if v or k not in ("first_view", "given")}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,7 +86,15 @@ def draw_views(spec: ViewSpec, key: str, image_size: tuple[int, int]) -> list[Vi
 
     Returns:
         `spec.num_views` views, from the one of index `spec.first_view` on.
+
+    Raises:
+        ConfigError: The views of the cache were given by another tool.
     """
+    if spec.given:
+        raise ConfigError(
+            "The views of this cache were given when it was imported: they follow from no seed, "
+            "and cannot be drawn again."
+        )
     views = [] if spec.first_view else [centre_square(image_size)]
     for index in range(max(1, spec.first_view), spec.first_view + spec.num_views):
         rng = _generator(spec.seed, key, index)

@@ -69,11 +69,17 @@ class PatchTokenizer:
 
         Raises:
             ArtifactError: The codebook is damaged.
+            ConfigError: Its token ids were imported: the tokenizer is not known.
             TokenizerMismatchError: The weights are not those that it was fitted with.
             MissingDependencyError: The library of its model, or its plugin, is not installed.
         """
         if not isinstance(codebook, Codebook):
             codebook = Codebook.load(codebook)
+        if codebook.is_foreign:
+            raise ConfigError(
+                f"The token ids of {codebook.extractor.id} were imported: the tokenizer that made "
+                "them is not here. Fit a codebook with `patchcache fit`, or ask the other tool."
+            )
         chosen = choose_device(device)
         extractor = load_extractor(
             codebook.extractor, codebook.pixel_rule, chosen, weights, codebook.plugin

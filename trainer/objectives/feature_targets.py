@@ -58,9 +58,10 @@ class FeatureTargets(nn.Module):
                 "patch; the cache holds one. Set objective.source=centroids."
             )
         if not codebook.has_centroids:
+            why = "they were imported" if codebook.is_foreign else "its plugin names no centroids"
             raise ConfigError(
-                f"The token ids of {codebook.extractor.id} stand for no vectors: its plugin names "
-                "no centroids. Train with a method that predicts ids, such as beit or mapet."
+                f"The token ids of {codebook.extractor.id} stand for no vectors: {why}. "
+                "Train with a method that predicts ids, such as beit or mapet."
             )
         if target_dim is not None and target_dim >= codebook.dim:
             raise ConfigError(

@@ -46,7 +46,7 @@ def tell(name, state, value, hint=""):
 """
 
 _TORCH = """
-import glob, os, signal, sys, threading, time
+import glob, time
 import torch
 build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA in this build"
 if torch.cuda.is_available():
@@ -89,21 +89,6 @@ if imaging._decode_jpeg is None:
          "torchcodec cannot be imported; with it decoding takes a third: pip install torchcodec")
 else:
     tell("JPEG decoder", "ok", f"torchcodec: {rate}")
-
-# Workers of a DataLoader are forked after torch has begun threads; some thread pools hang there.
-if hasattr(os, "fork"):
-    torch.ones(512, 512).mm(torch.ones(512, 512))
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        torch.ones(512, 512).mm(torch.ones(512, 512))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status:
-        tell("fork", "broken", "torch hangs or dies in a forked process, as loaders of train are",
-             "set OMP_NUM_THREADS=1, or data.num_workers=0 in the recipe")
-    else:
-        tell("fork", "ok", "torch works in forked processes")
 """
 
 _FAISS = """

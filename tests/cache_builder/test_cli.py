@@ -18,7 +18,7 @@ from trainer.config import load_config
 
 COMMANDS = (
     "fit", "build", "verify", "convert", "merge", "subset", "inspect", "serve", "tokenize", "train",
-    "probe", "finetune", "export", "adopt", "doctor",
+    "probe", "finetune", "export", "adopt", "doctor", "import", "export-codebook", "push", "pull",
 )  # fmt: skip
 CLI = [sys.executable, "-m", "cache_builder.cli"]
 

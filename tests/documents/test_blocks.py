@@ -23,7 +23,6 @@ SHELL = {"bash", "sh", "console"}
 # Not run and not parsed.
 NO_CODE = {
     "text": "what a command prints, a drawing or a formula",
-    "nginx": "read by nginx alone",
 }
 # Commands of other programs: neither run nor parsed here.
 OTHERS = {

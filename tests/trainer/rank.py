@@ -40,7 +40,7 @@ def several(cache, out):
     for sharding in ("none", "fsdp"):
         found = [two_steps(cache, case, run={"sharding": sharding}) for case in SETTINGS]
         (out / f"methods_{sharding}.json").write_text(json.dumps(found))
-    told = {}
+    told = {"two disks": on_two_disks(cache, out)}
     for name, expected, settings in (
         ("uneven", ConfigError, {"data": {"batch_size": 9}}),
         ("micro", ConfigError, {"data": {"micro_batch_size": 8}}),
@@ -54,6 +54,17 @@ def several(cache, out):
             told[name] = str(exc)
     (out / f"told_{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
+
+
+def on_two_disks(cache, out):
+    """Go on with a run that only the first rank has, and try to with one that only another has."""
+    has, has_not = out / "replicated", out / "another_disk"
+    config, is_first = tiny_config(**MANNER), dist.get_rank() == 0
+    steps = train.run(config, cache, has if is_first else has_not).steps
+    try:
+        train.run(config, cache, has_not if is_first else has)
+    except ConfigError as exc:
+        return steps, has_not.exists(), str(exc)
 
 
 def two_steps(cache_path, case, **sections):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_a_loss_that_is_no_number_names_the_samples_of_its_rank_on_every_rank(tw
     assert "Step 3: loss nan" in told[0]
     assert "(4 samples)" in told[0]
     assert checkpoints.latest(two / "poisoned") is None
+
+
+def test_ranks_without_a_disk_in_common_go_on_from_the_first_ones_checkpoint_or_refuse(two):
+    for rank in (0, 1):
+        told = json.loads((two / f"told_{rank}.json").read_text())
+        steps, is_written_elsewhere, refusal = told["two disks"]
+        assert steps == 12
+        assert not is_written_elsewhere
+        assert re.search(
+            r"step_00000012\.pt, and \S+, where .* Start \S+ with --node-rank 0", refusal
+        )
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(two):

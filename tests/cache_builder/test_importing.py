@@ -244,13 +244,16 @@ def test_ids_are_trained_on_and_what_needs_more_is_refused(tmp_path, images):
         extend.run(extend.ExtendOptions(str(place), num_views=2, cluster=HERE))
 
 
-def test_a_damaged_shard_of_an_import_is_found_and_not_made_up_again(tmp_path, images):
+def test_a_damaged_shard_is_found_and_only_imported_again(tmp_path, images):
     saved_4m(tmp_path, num_views=1)
     importing.run(options(tmp_path, images, "tok_rgb"))
+    before = factories.contents(tmp_path / "cache")
     factories.flip_byte(tmp_path / "cache" / "shards" / "000001.tar")
     report = verify.run(tmp_path / "cache", repair=True, cluster=HERE)
     assert any("000001.tar" in problem for problem in report.problems)
     assert any("were imported" in refusal for refusal in report.refused)
+    importing.run(options(tmp_path, images, "tok_rgb"))
+    assert factories.contents(tmp_path / "cache") == before
 
 
 def test_not_one_image_with_ids_is_an_error_with_the_first_reason(tmp_path, images):

@@ -22,6 +22,7 @@ from cache_builder.formats.manifest import (
     to_json,
     unit_record_name,
 )
+from cache_builder.hub import RemoteFile
 from cache_builder.planning import units_sha256
 from cache_builder.stores import Store
 
@@ -85,6 +86,22 @@ def derived_damage(store: Store, manifest: CacheManifest, layer: str = "") -> st
     if store.read(prefix + SKIPPED_NAME) != skipped:
         return f"{store.where(prefix + SKIPPED_NAME)} is not that of the commit records"
     return None
+
+
+def is_on_hub(there: RemoteFile | None, store: Store, name: str, sha256: str | None = None) -> bool:
+    """Whether a Hub has just the file of this name that is in `store`.
+
+    Args:
+        there: What the Hub says of the file, None if it lists none.
+        store: Where the file is.
+        name: The file.
+        sha256: Its digest where it is known; it is not read for it again.
+    """
+    if there is None or there.bytes != store.size(name):
+        return False
+    if there.sha256 is not None:
+        return there.sha256 == (sha256 or store.measure(name).sha256)
+    return there.blob == git_blob(store.read(name))
 
 
 def git_blob(data: bytes) -> str:

@@ -25,7 +25,7 @@ from cache_builder.formats.manifest import (
     read_model,
 )
 from cache_builder.hub import HubFolder, RemoteFile
-from cache_builder.hub_files import CacheFiles, derived_damage, files_below, git_blob
+from cache_builder.hub_files import CacheFiles, derived_damage, files_below, is_on_hub
 from cache_builder.stores import LOCK_NAME, LocalStore
 
 _ARRIVALS = ".arrivals"  # beside the files of a cache, or beside a codebook
@@ -197,15 +197,9 @@ class _Pull:
 
     def _take_derived(self, name: str) -> None:
         """Fetch a file that other files vouch for, unless the Hub has the one that is there."""
-        there = self._remote.get(name)
-        if there is not None and self._store.exists(name) and self._is_same(name, there):
+        if self._store.exists(name) and is_on_hub(self._remote.get(name), self._store, name):
             return
         self._move(self._arrive(name), name)
-
-    def _is_same(self, name: str, there: RemoteFile) -> bool:
-        if there.sha256 is not None:
-            return self._store.measure(name).sha256 == there.sha256
-        return git_blob(self._store.read(name)) == there.blob
 
     def _publish(self, name: str, data: bytes) -> None:
         if not self._store.exists(name) or self._store.read(name) != data:

@@ -22,7 +22,7 @@ from cache_builder.formats.manifest import (
 )
 from cache_builder.hub import HubFolder, RemoteFile
 from cache_builder.hub_card import CARD_NAME, cache_card, codebook_card, is_ours
-from cache_builder.hub_files import files_below, git_blob
+from cache_builder.hub_files import files_below, git_blob, is_on_hub
 from cache_builder.stores import LocalStore, Store
 
 _COMMIT_FILES = 200
@@ -61,11 +61,15 @@ def push(
         return _push_codebook(source, hub, private=private)
     store = LocalStore(source)
     manifest = CacheManifest.load(store)
-    names = _cache_files(store, manifest)
+    digests = _cache_files(store, manifest)
     hub.create(private=private)
     remote = hub.files()
     _refuse_other_cache(store, hub, remote)
-    missing = {name: size for name, size in names.items() if not _is_there(store, name, remote)}
+    missing = {
+        name: store.size(name)
+        for name, sha256 in digests.items()
+        if not is_on_hub(remote.get(name), store, name, sha256)
+    }
     num_sent = 0
     for part in _parts(missing):
         hub.send({name: source / name for name in part}, f"Add {len(part)} files of a cache")
@@ -73,7 +77,7 @@ def push(
         if progress:
             progress(num_sent, len(missing) + 1)
     last: dict[str, Path | bytes] = {}
-    if not _is_there(store, MANIFEST_NAME, remote):
+    if not is_on_hub(remote.get(MANIFEST_NAME), store, MANIFEST_NAME):
         last[MANIFEST_NAME] = source / MANIFEST_NAME
     card = cache_card(manifest, hub.place)
     last |= _card(hub, remote, card)
@@ -81,7 +85,7 @@ def push(
         hub.send(last, "Finish the cache")
     bytes_sent = sum(missing.values()) + sum(store.size(name) for name in last if name != CARD_NAME)
     num_sent += MANIFEST_NAME in last
-    return PushSummary(hub.place, num_sent, len(names) + 1 - num_sent, bytes_sent)
+    return PushSummary(hub.place, num_sent, len(digests) + 1 - num_sent, bytes_sent)
 
 
 def _push_codebook(source: Path, hub: HubFolder, *, private: bool) -> PushSummary:
@@ -92,7 +96,7 @@ def _push_codebook(source: Path, hub: HubFolder, *, private: bool) -> PushSummar
     hub.create(private=private)
     remote = hub.files()
     sent: dict[str, Path | bytes] = {}
-    if not _is_there(store, name, remote):
+    if not is_on_hub(remote.get(name), store, name):
         sent[name] = source
     sent |= _card(hub, remote, codebook_card(codebook, f"{hub.place}/{name}"))
     if sent:
@@ -101,8 +105,10 @@ def _push_codebook(source: Path, hub: HubFolder, *, private: bool) -> PushSummar
     return PushSummary(f"{hub.place}/{name}", num_sent, 1 - num_sent, num_sent * store.size(name))
 
 
-def _cache_files(store: Store, manifest: CacheManifest) -> dict[str, int]:
-    """Return the bytes of every file of a cache but its manifest, all of them found undamaged.
+def _cache_files(store: Store, manifest: CacheManifest) -> dict[str, str | None]:
+    """Return every file of a cache but its manifest, and its SHA-256 where the manifest has one.
+
+    All of them were found undamaged.
 
     Raises:
         ArtifactError: One is damaged or missing.
@@ -113,13 +119,13 @@ def _cache_files(store: Store, manifest: CacheManifest) -> dict[str, int]:
         _refuse_damage(store, layer.manifest)
         inner = read_model(CacheManifest, store, f"{layer.name}/{MANIFEST_NAME}")
         below.append(files_below(inner, num_units, layer.name))
-    sizes = {}
+    digests: dict[str, str | None] = {}
     for each in below:
         for file in each.digested:
             _refuse_damage(store, file)
-            sizes[file.path] = file.bytes
-        sizes |= {name: store.size(name) for name in each.derived}
-    return sizes
+            digests[file.path] = file.sha256
+        digests |= dict.fromkeys(each.derived)
+    return digests
 
 
 def _refuse_damage(store: Store, file: FileDigest) -> None:
@@ -131,20 +137,11 @@ def _refuse_damage(store: Store, file: FileDigest) -> None:
 
 
 def _refuse_other_cache(store: Store, hub: HubFolder, remote: Mapping[str, RemoteFile]) -> None:
-    if PLAN_NAME in remote and not _is_there(store, PLAN_NAME, remote):
+    if PLAN_NAME in remote and not is_on_hub(remote[PLAN_NAME], store, PLAN_NAME):
         raise ConfigError(
             f"{hub.place} holds another cache: its {PLAN_NAME} is not that of {store.location}. "
             "Choose another folder, USER/REPO/FOLDER."
         )
-
-
-def _is_there(store: Store, name: str, remote: Mapping[str, RemoteFile]) -> bool:
-    there = remote.get(name)
-    if there is None or there.bytes != store.size(name):
-        return False
-    if there.sha256 is not None:
-        return store.measure(name).sha256 == there.sha256
-    return git_blob(store.read(name)) == there.blob
 
 
 def _parts(missing: Mapping[str, int]) -> Iterator[list[str]]:

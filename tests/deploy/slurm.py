@@ -5,6 +5,7 @@ largest exit status. `scontrol` knows the nodes, and notes what is put back into
 refuse options that are not in the table, which has what Slurm's manual says that they take.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -176,6 +177,29 @@ class Job:
             assert self.process.poll() is None, self.output
             assert time.monotonic() - started_s < timeout_s, self.output
             time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def started_jobs(folder_of):
+    """Give a function that starts batch scripts, of which none is left behind.
+
+    `folder_of` tells the folder of a job by its number; it may be the same one.
+    """
+    jobs = []
+
+    def start(*arguments, **options):
+        folder = folder_of(len(jobs))
+        folder.mkdir(exist_ok=True)
+        jobs.append(Job(folder, *arguments, **options))
+        return jobs[-1]
+
+    try:
+        yield start
+    finally:
+        for job in jobs:
+            if job.process.poll() is None:
+                job.process.terminate()
+                job.process.wait(120)
 
 
 def free_port_of_jobs():

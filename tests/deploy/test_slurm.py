@@ -12,7 +12,7 @@ import pytest
 
 from tests.deploy.commands import parse_patchcache, parse_ray, parse_torchrun, shown_in
 from tests.deploy.objects import DEPLOY
-from tests.deploy.slurm import SCRIPTS, Job, check_options, header_of, record
+from tests.deploy.slurm import SCRIPTS, check_options, header_of, record, started_jobs
 
 TORCHRUN = DEPLOY / "torchrun/train.sh"
 BATCH = sorted(SCRIPTS.glob("*.sbatch"))
@@ -20,18 +20,8 @@ BATCH = sorted(SCRIPTS.glob("*.sbatch"))
 
 @pytest.fixture
 def start(tmp_path):
-    """Start batch scripts; none is left behind."""
-    jobs = []
-
-    def start(*arguments, **options):
-        jobs.append(Job(tmp_path, *arguments, **options))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        if job.process.poll() is None:
-            job.process.terminate()
-            job.process.wait(60)
+    with started_jobs(lambda number: tmp_path) as start:
+        yield start
 
 
 @pytest.mark.parametrize("path", [*BATCH, TORCHRUN], ids=lambda path: path.name)

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from tests import factories
-from tests.deploy.slurm import Job
+from tests.deploy.slurm import started_jobs
 from tests.trainer.caches import make_cache
 
 pytestmark = pytest.mark.hosts
@@ -38,20 +38,8 @@ log_every = 1
 
 @pytest.fixture
 def start(tmp_path):
-    """Start batch scripts one after the other; none is left behind."""
-    jobs = []
-
-    def start(*arguments, **options):
-        folder = tmp_path / f"job{len(jobs)}"
-        folder.mkdir()
-        jobs.append(Job(folder, *arguments, **options))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        if job.process.poll() is None:
-            job.process.terminate()
-            job.process.wait(120)
+    with started_jobs(lambda number: tmp_path / f"job{number}") as start:
+        yield start
 
 
 def steps_of(run):

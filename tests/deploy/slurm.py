@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.clusters import descendants, kill_all
+
 SCRIPTS = Path(__file__).parents[2] / "deploy/slurm"
 _NUMBER, _NAME = r"\d+", r"[\w.-]+"
 
@@ -102,8 +104,10 @@ def srun(words):
     told = []
     signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     num_tasks = int(options.get("ntasks", os.environ["SLURM_JOB_NUM_NODES"]))
-    tasks = [
-        subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(rank)})
+    tasks = [  # in sessions of their own, as on other nodes: what the job is sent, srun tells them
+        subprocess.Popen(
+            command, env=os.environ | {"SLURM_PROCID": str(rank)}, start_new_session=True
+        )
         for rank in range(num_tasks)
     ]
     while any(task.poll() is None for task in tasks):
@@ -152,7 +156,7 @@ class Job:
         with (folder / "output").open("w") as output:
             self.process = subprocess.Popen(
                 ["bash", SCRIPTS / script, *map(str, arguments)],
-                env=environment, stdout=output, stderr=output,
+                env=environment, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -178,6 +182,19 @@ class Job:
             assert time.monotonic() - started_s < timeout_s, self.output
             time.sleep(0.02)
 
+    def cancel(self, timeout_s=120):
+        """End the job as `scancel` does: all of it is told, and killed if it stays.
+
+        Raises:
+            subprocess.TimeoutExpired: It had to be killed.
+        """
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            kill_all([*descendants(self.process.pid), self.process.pid])
+            raise
+
 
 @contextlib.contextmanager
 def started_jobs(folder_of):
@@ -198,8 +215,7 @@ def started_jobs(folder_of):
     finally:
         for job in jobs:
             if job.process.poll() is None:
-                job.process.terminate()
-                job.process.wait(120)
+                job.cancel()
 
 
 def free_port_of_jobs():

@@ -123,6 +123,16 @@ def test_when_slurm_tells_the_steps_the_script_waits_for_them(start, tmp_path):
     assert job.process.wait(60) == 1
 
 
+def test_a_run_that_is_cancelled_ends_with_its_steps_and_is_not_put_back(start, tmp_path):
+    record(tmp_path, "torchrun", lasts=True, on_sigterm=1)
+    job = start(*TRAIN)
+    job.wait_until(lambda: len(job.events) == 2)
+    job.cancel(60)
+    assert job.process.returncode == 1
+    assert [event for event, *_ in job.events] == ["began", "began", "stopped", "stopped"]
+    assert not job.requeued.exists()
+
+
 BUILD = ("build.sbatch", "--images", "photos", "--codebook", "c.safetensors", "--out", "cache")
 
 

@@ -9,7 +9,7 @@ DATA ?=
 PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 --reruns-delay 5
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
-.PHONY: demo test integration images-check check bench docs clean
+.PHONY: demo test integration images-check gpu-check gpu-bench check bench docs clean
 
 demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo DATA=/path/to/folder
 	$(BIN)/python -m cache_builder.demo --out demo $(if $(DATA),--data "$(DATA)")
@@ -22,6 +22,13 @@ integration: $(INSTALLED)  ## what needs root, a machine of its own or minutes: 
 
 images-check: $(INSTALLED)  ## what is in the images, run as containers run it: root, minutes, 15 GB
 	$(BIN)/python -m tests.integration.check_images
+
+# These two take the PYTHON at hand, with its torch, torchvision, timm, numpy and safetensors.
+gpu-check:  ## the tests of every device on a GPU; without one each is skipped, and says so
+	$(PYTHON) -m tests.devices
+
+gpu-bench:  ## the benchmarks of a GPU; without one small on the CPU, and says so
+	$(PYTHON) -m tests.devices.bench
 
 check: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .

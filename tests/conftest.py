@@ -6,7 +6,6 @@ import os
 import signal
 import urllib.request
 import uuid
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,10 +13,9 @@ from _pytest.nodeid import NodeId
 from hypothesis import HealthCheck, settings
 
 from tests import factories
+from tests.places import DATA, ROOT
 from tests.servers import GoogleStorage
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("PATCHCACHE_TEST_DATA", ROOT.parent / "shared" / "data"))
 CLUSTERS = "clusters"
 FIRST = pytest.StashKey()  # the test that a worker of pytest-xdist began with
 

@@ -23,7 +23,7 @@ from cache_builder.formats.manifest import (
 )
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
-from cache_builder.imaging import apply_view, decode
+from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.planning import settle_plan
 from cache_builder.sources import Listing, open_source
 from cache_builder.stores import join_location, open_store
@@ -55,6 +55,17 @@ def draw_photo(seed, height=48, width=64):
         picture[..., channel] += 128 + rng.uniform(-1, 1) * (x - width / 2)
     picture += rng.normal(0, 3, picture.shape)
     return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def photo_views(count, size) -> torch.Tensor:
+    """Return square photographs as the drawn ones are, (count, 3, size, size) uint8."""
+    photos = np.stack([draw_photo(seed, size, size) for seed in range(count)])
+    return torch.from_numpy(photos).permute(0, 3, 1, 2).contiguous()
+
+
+def photo_patches(num_photos=12, patch_size=PATCH) -> torch.Tensor:
+    """Return all patches of drawn photographs of 64 pixels, (n, D) uint8."""
+    return patchify(photo_views(num_photos, 64), patch_size).flatten(0, 1)
 
 
 def random_ids(seed, rows=GRID, cols=GRID, num_colours=6):

@@ -4,6 +4,8 @@ Colour is the only augmentation that is drawn anew every epoch: whatever moves p
 to a view, because the token ids do. The ids stay those of the unchanged colours.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,14 @@ def jitter_colour(images: Tensor, strength: float, generator: SampleGenerator) -
 
 
 def _grey(images: Tensor) -> Tensor:
-    luma = torch.tensor(_LUMA, device=images.device).reshape(3, 1, 1)
+    luma = _luma(images.device)
     return (images * luma).sum(1, keepdim=True)
+
+
+@cache
+def _luma(device: torch.device) -> Tensor:
+    # Kept: a copy from memory that is not pinned makes the host wait for the device.
+    return torch.tensor(_LUMA, device=device).reshape(3, 1, 1)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ from tests import factories
 from tests.benchmarks import build_peers, paced_device, process_tree
 from tests.benchmarks.process_tree import Cost
 from tests.benchmarks.stages import Stage, StageClock
-from tests.conftest import DATA, ROOT
+from tests.places import DATA, ROOT
 
 NUM_VIEWS = 4
 ENV = {

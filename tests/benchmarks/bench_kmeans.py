@@ -2,7 +2,6 @@
 
     python tests/benchmarks/bench_kmeans.py             # a quarter of an hour on one core
     python tests/benchmarks/bench_kmeans.py --quick     # smaller, for a look
-    python tests/benchmarks/bench_kmeans.py --device cuda
 
 Data: patches of photographs (`../shared/data/photos` or $PATCHCACHE_TEST_DATA/photos; drawn ones
 where there are none, which prune better than real ones), features of a MobileNetV2 where its
@@ -29,7 +28,7 @@ from cache_builder.tokenizers import CentroidIndex, prefix
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 from cache_builder.tokenizers.kernels.library import kernels
 from tests import factories
-from tests.conftest import DATA
+from tests.places import DATA
 
 WEIGHTS = DATA / "weights" / "mobilenetv2_100.same.fp16.safetensors"
 NUM_HELD_OUT = 5  # every fifth photo
@@ -47,8 +46,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="smaller and faster")
-    parser.add_argument("--only", choices=("assign", "fit"), help="one table alone, on a CPU")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", choices=("assign", "fit"), help="one table alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -56,17 +54,14 @@ def main() -> None:
     compiled = kernels()
     console.print(
         f"torch {torch.__version__}, faiss {faiss.__version__}, kernels "
-        f"{compiled.variant if compiled else 'not built'}, device {args.device}"
+        f"{compiled.variant if compiled else 'not built'}"
     )
     pixels = pixel_data()
     k = 1024 if args.quick else 8192
-    if args.device == "cpu":
-        if args.only != "fit":
-            console.print(assignment_table(pixels, k, args.quick))
-        if args.only != "assign":
-            console.print(fit_table(pixels, k, args.quick))
-    else:
-        console.print(gpu_table(pixels, torch.device(args.device), args.quick))
+    if args.only != "fit":
+        console.print(assignment_table(pixels, k, args.quick))
+    if args.only != "assign":
+        console.print(fit_table(pixels, k, args.quick))
 
 
 def assignment_table(pixels: Data, k: int, quick: bool) -> Table:
@@ -128,54 +123,6 @@ def fit_table(pixels: Data, k: int, quick: bool) -> Table:
                 f"{train[1]:,.0f}", f"{held_out[1]:,.0f}", f"{train[2]:,}",
             )  # fmt: skip
     return table
-
-
-def gpu_table(pixels: Data, device: torch.device, quick: bool) -> Table:
-    """Time assignment and CCViT's fit on a GPU, beside float32 products and faiss."""
-    table = Table(title=f"On {torch.cuda.get_device_name(device)}")
-    for name in ("what", "float32 s", "faiss s", "ours s", "x float32", "x faiss"):
-        table.add_column(name, justify="left" if name == "what" else "right")
-    generator = torch.Generator().manual_seed(0)
-    num_points = 1_000_000 if quick else 9_800_000
-    rows = torch.randint(len(pixels.train), (num_points,), generator=generator)
-    noise = torch.randint(-3, 4, (num_points, 1), generator=generator)
-    points = (pixels.train[rows].short() + noise).clamp(0, 255).to(torch.uint8)
-    centroids = points[:8192].to(device)
-    x = points[:1_000_000].to(device)
-    ours = wall(lambda: CentroidIndex(centroids).assign(x), device)
-    as_float = centroids.float()
-    reference = wall(
-        lambda: [dense_torch(part.float(), as_float) for part in x.split(1 << 15)], device
-    )
-    has_faiss = faiss.get_num_gpus() > 0
-    of_faiss = None
-    if has_faiss:
-        flat = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(x.shape[1]), ngpu=1)
-        flat.add(as_float.cpu().numpy())
-        queries = x.cpu().float().numpy()
-        of_faiss = wall(lambda: flat.search(queries, 1), device)
-    add_times(table, "nearest of 8,192, 1,000,000 patches", reference, of_faiss, ours)
-    ours = wall(lambda: fit_centroids(points.to(device), 8192, iterations=20), device)
-    of_faiss = None
-    if has_faiss:
-        options = {"niter": 20, "gpu": 1, "max_points_per_centroid": 10**7, "seed": 1}
-        theirs = faiss.Kmeans(768, 8192, **options)
-        of_faiss = wall(lambda: theirs.train(points.float().numpy()), device)
-    add_times(table, f"fit, {num_points:,} patches, 20 iterations", None, of_faiss, ours)
-    return table
-
-
-def add_times(
-    table: Table, what: str, reference: float | None, of_faiss: float | None, ours: float
-) -> None:
-    """Add a row of seconds and ratios."""
-    times = [reference, of_faiss, ours]
-    ratios = [reference and reference / ours, of_faiss and of_faiss / ours]
-    table.add_row(
-        what,
-        *(f"{t:.2f}" if t else "-" for t in times),
-        *(f"{r:.1f}" if r else "-" for r in ratios),
-    )
 
 
 def pixel_data() -> Data:
@@ -306,16 +253,6 @@ def timed(run: Callable[[], Any], num_rows: int) -> tuple[float, Any]:
         answer = run()
         best = min(best, time.process_time() - start)
     return best / num_rows * 1e6, answer
-
-
-def wall(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of a second run on a GPU."""
-    for _ in range(2):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.conftest import DATA
+from tests.places import DATA
 
 WEIGHTS = DATA / "weights" / "mobilenetv2_100.same.fp16.safetensors"
 K = 512

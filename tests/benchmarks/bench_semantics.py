@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests import semantics
-from tests.conftest import DATA
+from tests.places import DATA
 
 PHOTOS = DATA / "photos"
 WEIGHTS = DATA / "weights" / "mobilenetv2_100.same.fp16.safetensors"

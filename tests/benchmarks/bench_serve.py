@@ -50,7 +50,7 @@ from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 from tests import factories
-from tests.conftest import DATA
+from tests.places import DATA
 from tests.servers import free_port
 from tokenizers_svc.limits import Limits
 

@@ -8,18 +8,11 @@ import pytest
 import torch
 
 from cache_builder.errors import ConfigError
-from cache_builder.imaging import patchify
 from cache_builder.kmeans import fit_centroids
 from cache_builder.quality import usage
 from tests import factories
 
 VECTORS = Path(__file__).parents[1] / "vectors"
-
-
-def photo_patches(num_photos=12, patch_size=4):
-    photos = np.stack([factories.draw_photo(seed, 64, 64) for seed in range(num_photos)])
-    patches = patchify(torch.from_numpy(photos).permute(0, 3, 1, 2), patch_size)
-    return patches.reshape(-1, patches.shape[-1])
 
 
 def mean_squared_distance(points, centroids):
@@ -61,7 +54,7 @@ def test_more_colours_than_centroids_never_lose_a_colour_for_nothing():
 
 def test_the_objective_falls_from_iteration_to_iteration():
     told = []
-    points = photo_patches().float()
+    points = factories.photo_patches().float()
     fit = fit_centroids(points, 40, progress=lambda *step: told.append(step))
     objective = fit.objective
     # Moving a rare centroid may cost a little at once; an update of the means never does.
@@ -74,7 +67,7 @@ def test_the_objective_falls_from_iteration_to_iteration():
 
 
 def test_uint8_centroids_are_the_rounded_means():
-    points = photo_patches()
+    points = factories.photo_patches()
     fit = fit_centroids(points, 20, iterations=100)
     assert fit.centroids.dtype == torch.uint8
     assert_is_a_fixed_point_of_its_own_counts(fit, points)
@@ -85,7 +78,7 @@ def test_uint8_centroids_are_the_rounded_means():
 
 
 def test_the_same_seed_gives_the_same_codebook_and_another_seed_another():
-    points = photo_patches()
+    points = factories.photo_patches()
     first, again, other = (fit_centroids(points, 30, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.centroids, again.centroids)
     assert first.objective == again.objective
@@ -93,7 +86,7 @@ def test_the_same_seed_gives_the_same_codebook_and_another_seed_another():
 
 
 def test_the_number_of_threads_does_not_change_a_pixel_codebook():
-    points = photo_patches()
+    points = factories.photo_patches()
     before = torch.get_num_threads()
     fits = []
     for threads in (1, 2):
@@ -102,24 +95,6 @@ def test_the_number_of_threads_does_not_change_a_pixel_codebook():
     torch.set_num_threads(before)
     assert torch.equal(fits[0].centroids, fits[1].centroids)
     assert fits[0].objective == fits[1].objective
-
-
-@pytest.mark.gpu
-def test_a_pixel_codebook_is_the_same_on_every_device():
-    points = photo_patches()
-    on_cpu, on_gpu = fit_centroids(points, 100), fit_centroids(points.cuda(), 100)
-    assert torch.equal(on_gpu.centroids.cpu(), on_cpu.centroids)
-    assert torch.equal(on_gpu.counts.cpu(), on_cpu.counts)
-    assert on_gpu.objective == pytest.approx(on_cpu.objective)
-
-
-@pytest.mark.gpu
-def test_features_are_fitted_on_a_gpu():
-    points = torch.nn.functional.normalize(photo_patches().float(), dim=1)
-    for metric in ("l2", "cosine"):
-        on_cpu = fit_centroids(points, 50, metric=metric)
-        on_gpu = fit_centroids(points.cuda(), 50, metric=metric)
-        assert on_gpu.objective[-1] == pytest.approx(on_cpu.objective[-1], rel=0.02)
 
 
 def test_cosine_centroids_have_unit_length_and_compare_directions():
@@ -135,7 +110,7 @@ def test_cosine_centroids_have_unit_length_and_compare_directions():
 
 
 def test_the_best_of_several_fits_is_kept():
-    points = photo_patches().float()
+    points = factories.photo_patches().float()
     single = [fit_centroids(points, 10, seed=seed, iterations=3) for seed in (5, 6, 7)]
     best = fit_centroids(points, 10, seed=5, iterations=3, restarts=3)
     assert best.objective[-1] == min(fit.objective[-1] for fit in single)
@@ -153,14 +128,14 @@ def test_codes_that_nothing_uses_are_revived():
 
 
 def test_it_ends_when_it_has_converged():
-    points = photo_patches().float()
+    points = factories.photo_patches().float()
     fit = fit_centroids(points, 5, iterations=500)
     assert len(fit.objective) < 100
     assert len(fit_centroids(points, 5, iterations=2).objective) == 3
 
 
 def test_mini_batches_come_near_to_all_points_and_say_how_near():
-    points = photo_patches(40)
+    points = factories.photo_patches(40)
     told = []
     whole = fit_centroids(points, 40, iterations=30)
     fit = fit_centroids(
@@ -174,13 +149,13 @@ def test_mini_batches_come_near_to_all_points_and_say_how_near():
 
 
 def test_mini_batches_end_when_they_no_longer_gain():
-    points = photo_patches(10)
+    points = factories.photo_patches(10)
     fit = fit_centroids(points, 5, iterations=2000, batch_size=500)
     assert len(fit.objective) < 500
 
 
 def test_a_mini_batch_larger_than_the_sample_is_the_whole_sample():
-    points = photo_patches(10)
+    points = factories.photo_patches(10)
     whole = fit_centroids(points, 20, iterations=5)
     batch = fit_centroids(points, 20, iterations=5, batch_size=10**6)
     assert batch.objective[0] == whole.objective[0]
@@ -189,11 +164,11 @@ def test_a_mini_batch_larger_than_the_sample_is_the_whole_sample():
 
 def test_a_mini_batch_smaller_than_k_is_refused():
     with pytest.raises(ConfigError, match="mini-batch of 10 patches is too small for K=20"):
-        fit_centroids(photo_patches(10), 20, batch_size=10)
+        fit_centroids(factories.photo_patches(10), 20, batch_size=10)
 
 
 def test_a_warm_start_goes_on_where_a_fit_ended():
-    points = photo_patches(20)
+    points = factories.photo_patches(20)
     first = fit_centroids(points, 30, iterations=10)
     warm = fit_centroids(points, 30, iterations=10, warm_start=first.centroids)
     assert warm.objective[0] == first.objective[-1]
@@ -216,7 +191,7 @@ def test_constant_features_are_too_few():
 
 
 def test_one_centroid_is_the_mean():
-    points = photo_patches().float()
+    points = factories.photo_patches().float()
     fit = fit_centroids(points, 1)
     torch.testing.assert_close(fit.centroids[0], points.mean(0), rtol=1e-4, atol=1e-3)
     assert fit.counts.tolist() == [len(points)]
@@ -277,7 +252,7 @@ def test_the_recorded_fit_of_faiss_is_reached():
 @pytest.mark.parametrize("k", [16, 64, 256])
 def test_fits_are_as_good_as_those_of_faiss_at_equal_iterations(k):
     faiss = pytest.importorskip("faiss")
-    points = photo_patches(40)
+    points = factories.photo_patches(40)
     theirs = faiss.Kmeans(points.shape[1], k, niter=20, seed=1, max_points_per_centroid=10**7)
     theirs.train(points.float().numpy())
     error_of_faiss = mean_squared_distance(points, torch.from_numpy(theirs.centroids))

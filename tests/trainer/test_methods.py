@@ -3,40 +3,15 @@
 import pytest
 import torch
 
-from tests.trainer.methods import GRID, NUM_PATCHES, VOCAB, draws, make_objective, read_batch
-
-# Settings with which a method runs on the tiny cache of `tiny_cache`.
-# A grid of 4 x 4 has nothing around the middle 7/9, so `zoomed_in` zooms more.
-SETTINGS = [
-    ("beit", {}),
-    ("beit", {"masked_tokens": "drop"}),
-    ("beit", {"aggregation_blocks": 2, "aggregation_layer": 1}),
-    ("beit", {"masked_tokens": "drop", "aggregation_blocks": 1, "aggregation_layer": 1}),
-    ("mcbeit", {}),
-    ("mcbeit", {"masked_tokens": "drop"}),
-    ("mcbeit", {"similarity_weight": 0}),
-    ("dmjd", {}),
-    ("dmjd", {"masked_tokens": "drop"}),
-    ("dmjd", {"mask_kind": "block", "visible_weight": 0}),
-    ("mapet", {}),
-    ("mapet", {"mask_kind": "block", "predict_ratio": 0.25}),
-    ("mapet", {"masked_tokens": "drop", "decoder_dim": 16}),
-    ("ccvit", {}),
-    ("ccvit", {"replace_ratio": 0, "head_layers": 1}),
-    ("ccvit", {"masked_tokens": "drop", "decoder_dim": 16}),
-    ("beyond", {"zoom": 2.0}),
-    ("beyond", {"zoom": 2.0, "masked_tokens": "keep"}),
-    ("beyond", {"targets": "pixels"}),
-    *[
-        ("beyond", {"degradation": degradation, "mask_ratio": 0.0, "targets": targets})
-        for degradation in ("zoomed_out", "distorted", "blurred", "decolorised")
-        for targets in ("tokens", "pixels")
-    ],
-    ("beyond", {"degradation": "zoomed_out", "predict_all": True}),
-    ("dtm", {}),
-    ("dtm", {"masked_tokens": "drop", "loss": "negcosine", "target_dim": 5}),
-    ("dtm", {"loss": "l1", "normalize_target": True, "protect_first": True}),
-]
+from tests.trainer.methods import (
+    GRID,
+    NUM_PATCHES,
+    SETTINGS,
+    VOCAB,
+    draws,
+    make_objective,
+    read_batch,
+)
 
 
 @pytest.fixture(params=SETTINGS, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))

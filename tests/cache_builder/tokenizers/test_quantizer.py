@@ -1,4 +1,7 @@
-"""`nearest_centroid` is the definition, exactly, however the sums are taken."""
+"""`nearest_centroid` is the definition, exactly, however the sums are taken.
+
+What must hold on a GPU as well is in tests/devices/test_nearest.py.
+"""
 
 from pathlib import Path
 
@@ -13,80 +16,9 @@ from cache_builder.errors import ConfigError
 from cache_builder.tokenizers import CentroidIndex, nearest_centroid
 from cache_builder.tokenizers.dense import FloatForm
 from cache_builder.tokenizers.quantizer import ResidualQuantizer, residual
+from tests.exactness import assert_exact, brute_force, bytes_of
 
 VECTORS = Path(__file__).parents[2] / "vectors"
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def brute_force(x, centroids):
-    """The definition, written so that nobody can get it wrong."""
-    exact = np.float64 if "f" in x.dtype.kind + centroids.dtype.kind else np.int64
-    distances = np.array([np.square(row.astype(exact) - centroids).sum(1) for row in x])
-    distances = distances.reshape(len(x), len(centroids))
-    return distances.argmin(1), distances.min(1)
-
-
-def assert_exact(x, centroids, device="cpu"):
-    index = CentroidIndex(torch.from_numpy(centroids).to(device))
-    ids, distances = index.assign(torch.from_numpy(x).to(device))
-    expected_ids, expected_distances = brute_force(x, centroids)
-    np.testing.assert_array_equal(ids.cpu(), expected_ids)
-    if distances.dtype == torch.int64:
-        np.testing.assert_array_equal(distances.cpu(), expected_distances)
-    else:
-        np.testing.assert_allclose(distances.cpu(), expected_distances, rtol=1e-12)
-
-
-def bytes_of(rng, *shape):
-    return rng.integers(0, 256, shape).astype(np.uint8)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("n", "k", "dim"), [(1, 1, 1), (300, 7, 3), (500, 64, 768), (70, 33, 48)])
-def test_uint8_is_exact(device, n, k, dim):
-    rng = np.random.default_rng(0)
-    assert_exact(bytes_of(rng, n, dim), bytes_of(rng, k, dim), device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dim", [1023, 1024, 3 * 32**2, 3 * 128**2])
-def test_uint8_is_exact_where_the_sums_pass_the_float32_integers_and_int32(device, dim):
-    # The extreme values: every term of every sum is as large as it can be.
-    x = np.array([[0], [255], [255]], np.uint8).repeat(dim, 1)
-    x[2, 0] = 0
-    centroids = np.array([[255], [0], [0], [255]], np.uint8).repeat(dim, 1)
-    centroids[2, -1] = 1
-    centroids[3, 0] = 1
-    assert_exact(x, centroids, device)
-    rng = np.random.default_rng(1)
-    near = bytes_of(rng, 4, dim).repeat(5, 0)
-    near[np.arange(20), rng.integers(0, dim, 20)] ^= 1  # rows that differ in one bit
-    assert_exact(near, near[::-1].copy(), device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dim", [2, 64, 768])
-def test_floats_are_decided_in_float64(device, dim):
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(400, dim)).astype(np.float32)
-    centroids = rng.normal(size=(50, dim)).astype(np.float32)
-    assert_exact(x, centroids, device)
-    assert_exact(x + 1000, centroids + 1000, device)  # far from the origin the squares cancel
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_near_ties_that_float32_cannot_see_are_decided_rightly(device):
-    rng = np.random.default_rng(3)
-    dim = 64
-    base = rng.normal(size=(20, dim)).astype(np.float32)
-    centroids = base.repeat(5, 0)
-    # Five copies of each, one unit in the last place apart in a few values.
-    for row in centroids:
-        at = rng.integers(0, dim, 3)
-        row[at] = np.nextafter(row[at], np.float32(10))
-    x = (base + rng.normal(size=base.shape) * 1e-3).astype(np.float32)
-    assert_exact(x, centroids, device)
-    assert_exact(base, centroids, device)
 
 
 def test_a_mix_of_uint8_and_float_is_exact():
@@ -107,15 +39,6 @@ def test_half_precision_is_taken_at_its_value():
             x.to(dtype).double().numpy(), centroids.to(dtype).double().numpy()
         )
         np.testing.assert_array_equal(ids, expected)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_a_tie_goes_to_the_lowest_index(device, dtype):
-    x = torch.from_numpy(np.array([[4, 4], [0, 0], [9, 9]], dtype)).to(device)
-    centroids = np.array([[9, 9], [0, 0], [0, 8], [8, 0], [0, 0], [9, 9]], dtype)
-    ids = nearest_centroid(x, torch.from_numpy(centroids).to(device))
-    assert ids.tolist() == [1, 1, 0]
 
 
 @settings(max_examples=50)
@@ -224,24 +147,6 @@ def residual_by_hand(x, stages):
             left = left - centroids[ids[-1]]
         rows.append(ids)
     return np.array(rows)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("k", [1, 2, 40])
-@pytest.mark.parametrize("kinds", ["bb", "hh", "bh", "ff", "bf"])
-def test_the_k_nearest_come_in_order_and_ties_go_to_the_lowest_index(device, kinds, k):
-    rng = np.random.default_rng(9)
-    types = {"b": np.uint8, "h": np.int16, "f": np.float32}
-    x, centroids = (
-        rng.integers(0, 4, (n, 5)).astype(types[kind])
-        for n, kind in zip((60, 40), kinds, strict=True)
-    )
-    index = CentroidIndex(torch.from_numpy(centroids).to(device))
-    ids, distances = index.top_k(torch.from_numpy(x).to(device), k)
-    every = np.square(x[:, None].astype(np.float64) - centroids).sum(2)
-    expected = every.argsort(1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(ids.cpu(), expected)
-    np.testing.assert_array_equal(distances.cpu(), np.take_along_axis(every, expected, 1))
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -64,14 +64,6 @@ def test_tokens_do_not_depend_on_the_batch():
     assert torch.equal(tokenizer.encode(views), alone)
 
 
-@pytest.mark.gpu
-def test_pixel_tokens_are_the_same_on_every_device():
-    views = views_of(*(factories.draw_photo(seed, 16, 16) for seed in range(70)))
-    codebook = random_codebook(k=500)
-    on_gpu = PatchTokenizer.load(codebook, "cuda").encode(views)
-    assert torch.equal(on_gpu, PatchTokenizer.load(codebook, "cpu").encode(views))
-
-
 def test_decoding_gives_the_pixels_of_the_centroids():
     ids = np.stack([factories.random_ids(seed) for seed in range(3)])
     pictures = views_of(*(factories.draw_patches(i) for i in ids))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cache_builder.errors import ConfigError, ImageError, SourceError
 from cache_builder.formats.codebook import Codebook
-from cache_builder.formats.manifest import PlanRow
+from cache_builder.formats.plan import PlanRow
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
 from cache_builder.label_quality import LabelQuality, label_quality

@@ -13,18 +13,15 @@ from pydantic import ValidationError
 from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.cache import TokenCache
-from cache_builder.formats.codebook import first_problem
+from cache_builder.formats.headers import first_problem
 from cache_builder.formats.manifest import (
     PLAN_NAME,
     SKIPPED_NAME,
-    BuildPlan,
-    PlanRow,
-    PlanUnit,
     SkippedSample,
-    plan_unit_name,
     read_model,
     to_json,
 )
+from cache_builder.formats.plan import BuildPlan, PlanRow, PlanUnit, plan_unit_name
 from cache_builder.stores import absolute_location
 
 

@@ -25,21 +25,21 @@ from cache_builder.commit import (
     write_manifest,
 )
 from cache_builder.errors import ConfigError
-from cache_builder.formats.codebook import Codebook, first_problem
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.headers import first_problem
 from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
-    BuildPlan,
     CacheManifest,
     CacheSpec,
     ImagesInCache,
     LayerInfo,
     Layout,
-    plan_unit_name,
     read_model,
     to_json,
 )
 from cache_builder.formats.payloads import FeatureType
+from cache_builder.formats.plan import BuildPlan, plan_unit_name
 from cache_builder.formats.views import ViewSpec
 from cache_builder.planning import LayerSpec, settle_plan
 from cache_builder.ray_jobs import ClusterOptions, map_units

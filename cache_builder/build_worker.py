@@ -9,19 +9,17 @@ from cache_builder.build_log import UnitMeter, UnitWork
 from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
 from cache_builder.decoders import Decoders
 from cache_builder.errors import SourceError
-from cache_builder.formats.cache import IMAGE_ALONE, open_unit
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     PLAN_NAME,
-    BuildPlan,
-    PlanUnit,
     SkippedSample,
     UnitRecord,
-    plan_unit_name,
     read_model,
     unit_record_name,
 )
+from cache_builder.formats.plan import BuildPlan, PlanUnit, plan_unit_name
+from cache_builder.formats.units import IMAGE_ALONE, open_unit
 from cache_builder.sources import Source, open_source
 from cache_builder.stores import open_store
 from cache_builder.tokenizers import PatchTokenizer

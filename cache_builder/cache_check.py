@@ -25,7 +25,6 @@ from cache_builder.damage import (
 )
 from cache_builder.errors import PatchCacheError
 from cache_builder.files import sha256_bytes
-from cache_builder.formats.cache import open_unit
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
@@ -37,11 +36,12 @@ from cache_builder.formats.manifest import (
     FileDigest,
     LayerInfo,
     ShardInfo,
-    plan_unit_name,
     to_json,
     unit_record_name,
 )
 from cache_builder.formats.payloads import sum_features, sum_soft
+from cache_builder.formats.plan import plan_unit_name
+from cache_builder.formats.units import open_unit
 from cache_builder.formats.zarr_store import metadata_files
 from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.stores import LOCK_NAME, Store, absolute_location, open_store

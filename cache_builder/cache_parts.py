@@ -11,13 +11,11 @@ from cache_builder.commit import layer_store
 from cache_builder.damage import Damage, Examined, examine, full_name, model_differences
 from cache_builder.errors import ArtifactError, FormatVersionError, PatchCacheError
 from cache_builder.files import sha256_bytes
-from cache_builder.formats.cache import open_unit
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
-    BuildPlan,
     CacheManifest,
     CacheSpec,
     LayerInfo,
@@ -25,6 +23,8 @@ from cache_builder.formats.manifest import (
     read_model,
     unit_record_name,
 )
+from cache_builder.formats.plan import BuildPlan
+from cache_builder.formats.units import open_unit
 from cache_builder.sources import open_source
 from cache_builder.stores import Store
 from cache_builder.unit_checks import sample_problem

@@ -16,7 +16,6 @@ from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     MANIFEST_NAME,
     SKIPPED_NAME,
-    BuildPlan,
     CacheManifest,
     CacheSpec,
     FileDigest,
@@ -29,6 +28,7 @@ from cache_builder.formats.manifest import (
     unit_record_name,
 )
 from cache_builder.formats.payloads import FeatureTotals, SoftTotals, sum_features, sum_soft
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.formats.zarr_store import metadata_files
 from cache_builder.stores import Store, join_location, open_store
 

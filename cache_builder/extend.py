@@ -22,12 +22,12 @@ from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     PLAN_NAME,
-    BuildPlan,
     CacheManifest,
     CacheSpec,
     read_model,
 )
 from cache_builder.formats.payloads import FeatureType
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.planning import LayerSpec, settle_layer
 from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.stores import Store, absolute_location, open_store

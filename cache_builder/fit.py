@@ -24,7 +24,8 @@ from torch import Tensor
 
 from cache_builder import __version__
 from cache_builder.errors import ConfigError, SourceError
-from cache_builder.formats.codebook import MAX_VOCAB_SIZE, Codebook, Metric
+from cache_builder.formats.codebook import MAX_VOCAB_SIZE, Codebook
+from cache_builder.formats.codebook_header import Metric
 from cache_builder.kmeans import Fit, fit_centroids
 from cache_builder.point_shards import RemoteShard, ShardedPoints, pieces
 from cache_builder.points import PointSet

@@ -13,15 +13,14 @@ from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     SKIPPED_NAME,
-    BuildPlan,
     CacheManifest,
     FileDigest,
     UnitRecord,
-    plan_unit_name,
     read_model,
     to_json,
     unit_record_name,
 )
+from cache_builder.formats.plan import BuildPlan, plan_unit_name
 from cache_builder.hub import RemoteFile
 from cache_builder.planning import units_sha256
 from cache_builder.stores import Store

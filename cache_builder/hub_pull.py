@@ -19,11 +19,11 @@ from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
-    BuildPlan,
     CacheManifest,
     FileDigest,
     read_model,
 )
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.hub import HubFolder, RemoteFile
 from cache_builder.hub_files import CacheFiles, derived_damage, files_below, is_on_hub
 from cache_builder.stores import LOCK_NAME, LocalStore

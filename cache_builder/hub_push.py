@@ -15,11 +15,11 @@ from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
-    BuildPlan,
     CacheManifest,
     FileDigest,
     read_model,
 )
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.hub import HubFolder, RemoteFile
 from cache_builder.hub_card import CARD_NAME, cache_card, codebook_card, is_ours
 from cache_builder.hub_files import files_below, git_blob, is_on_hub

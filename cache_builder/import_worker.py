@@ -12,16 +12,8 @@ import numpy as np
 
 from cache_builder.commit import UnitSummary, commit_unit, take_unit
 from cache_builder.errors import ImageError
-from cache_builder.formats.manifest import (
-    PLAN_NAME,
-    BuildPlan,
-    PlanRow,
-    PlanUnit,
-    SkippedSample,
-    UnitRecord,
-    plan_unit_name,
-    read_model,
-)
+from cache_builder.formats.manifest import PLAN_NAME, SkippedSample, UnitRecord, read_model
+from cache_builder.formats.plan import BuildPlan, PlanRow, PlanUnit, plan_unit_name
 from cache_builder.formats.sample import CachedSample, NewSample
 from cache_builder.formats.views import View, centre_square, draw_views
 from cache_builder.formats.writers import open_writer

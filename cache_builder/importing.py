@@ -22,14 +22,9 @@ from pydantic import ValidationError
 
 from cache_builder.commit import holder, write_manifest
 from cache_builder.errors import ConfigError
-from cache_builder.formats.codebook import (
-    FOREIGN_PREFIX,
-    MAX_VOCAB_SIZE,
-    Codebook,
-    ExtractorSpec,
-    PixelRule,
-    first_problem,
-)
+from cache_builder.formats.codebook import MAX_VOCAB_SIZE, Codebook
+from cache_builder.formats.codebook_header import FOREIGN_PREFIX, ExtractorSpec, PixelRule
+from cache_builder.formats.headers import first_problem
 from cache_builder.formats.manifest import CacheManifest, CacheSpec, Layout
 from cache_builder.formats.views import Interpolation, ViewSpec
 from cache_builder.import_worker import ImportTask, ImportUnit, ImportWorker

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from cache_builder.errors import ConfigError
-from cache_builder.formats.codebook import MAX_VOCAB_SIZE, Metric
+from cache_builder.formats.codebook import MAX_VOCAB_SIZE
+from cache_builder.formats.codebook_header import Metric
 from cache_builder.point_shards import Assignment, ShardedPoints
 from cache_builder.points import PointSet
 

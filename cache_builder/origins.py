@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from cache_builder.arrangement import ArrangedUnit, Entry, InputCache, Place
 from cache_builder.errors import PatchCacheError
-from cache_builder.formats.manifest import PlanUnit, SkippedSample
+from cache_builder.formats.manifest import SkippedSample
+from cache_builder.formats.plan import PlanUnit
 
 
 class Origin(NamedTuple):

@@ -10,16 +10,8 @@ from cache_builder.commit import layer_store
 from cache_builder.errors import ConfigError, TokenizerMismatchError
 from cache_builder.formats import zarr_store
 from cache_builder.formats.codebook import Codebook
-from cache_builder.formats.manifest import (
-    CODEBOOK_NAME,
-    PLAN_NAME,
-    BuildPlan,
-    CacheSpec,
-    PlanUnit,
-    plan_unit_name,
-    read_model,
-    to_json,
-)
+from cache_builder.formats.manifest import CODEBOOK_NAME, PLAN_NAME, CacheSpec, read_model, to_json
+from cache_builder.formats.plan import BuildPlan, PlanUnit, plan_unit_name
 from cache_builder.stores import LOCK_NAME, Store
 
 # What a driver writes before plan.json: plan units, and files under temporary names.

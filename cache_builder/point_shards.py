@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cache_builder.errors import ConfigError
-from cache_builder.formats.codebook import Metric
+from cache_builder.formats.codebook_header import Metric
 from cache_builder.points import PointSet
 from cache_builder.tokenizers.quantizer import CentroidIndex, residual
 from cache_builder.tokenizers.tokenizer import choose_device

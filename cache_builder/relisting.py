@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 
 from cache_builder.arrangement import Arrangement, InputCache
-from cache_builder.formats.manifest import CacheSpec, PlanUnit
+from cache_builder.formats.manifest import CacheSpec
+from cache_builder.formats.plan import PlanUnit
 from cache_builder.merging import unite_classes
 from cache_builder.sources import open_source
 from cache_builder.sources.names import base_name, container_kind, expand_braces, join, parent

@@ -24,13 +24,11 @@ from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     SKIPPED_NAME,
-    BuildPlan,
-    PlanUnit,
     ShardInfo,
-    plan_unit_name,
     read_model,
     to_json,
 )
+from cache_builder.formats.plan import BuildPlan, PlanUnit, plan_unit_name
 from cache_builder.formats.zarr_store import create_store
 from cache_builder.origins import find_origins
 from cache_builder.ray_jobs import ClusterOptions

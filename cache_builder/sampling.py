@@ -29,8 +29,8 @@ from torch import Tensor
 from cache_builder import files, sample_store
 from cache_builder.decoders import Decoders
 from cache_builder.errors import ConfigError, ImageError
-from cache_builder.formats.codebook import ExtractorSpec, PixelRule
-from cache_builder.formats.manifest import PlanRow, PlanUnit
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
+from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
 from cache_builder.points import PointSet

@@ -26,13 +26,13 @@ from cache_builder.commit import (
 from cache_builder.errors import ConfigError
 from cache_builder.formats.manifest import (
     PLAN_NAME,
-    BuildPlan,
     CacheManifest,
     CacheSpec,
     Layout,
     SourceInfo,
     read_model,
 )
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.merging import (
     common_source,
     in_braces,

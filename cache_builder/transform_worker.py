@@ -15,15 +15,9 @@ from numpy.typing import NDArray
 from cache_builder.arrangement import ArrangedUnit, Place
 from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.cache import PER_VIEW, TokenCache
-from cache_builder.formats.manifest import (
-    PLAN_NAME,
-    BuildPlan,
-    CacheSpec,
-    PlanRow,
-    UnitRecord,
-    read_model,
-)
+from cache_builder.formats.cache import TokenCache
+from cache_builder.formats.layers import PER_VIEW
+from cache_builder.formats.manifest import PLAN_NAME, CacheSpec, UnitRecord, read_model
 from cache_builder.formats.payloads import (
     FeatureTotals,
     PayloadName,
@@ -31,6 +25,7 @@ from cache_builder.formats.payloads import (
     sum_features,
     sum_soft,
 )
+from cache_builder.formats.plan import BuildPlan, PlanRow
 from cache_builder.formats.sample import CachedSample, NewSample
 from cache_builder.formats.writers import open_writer
 from cache_builder.image_types import image_extension

@@ -24,19 +24,17 @@ from cache_builder.damage import (
 )
 from cache_builder.errors import PatchCacheError
 from cache_builder.files import canonical_json, sha256_bytes
-from cache_builder.formats.cache import Shard, array_problem, open_unit
 from cache_builder.formats.manifest import (
     CacheSpec,
     FileDigest,
-    PlanRow,
-    PlanUnit,
     ShardInfo,
     UnitRecord,
-    plan_unit_name,
     unit_record_name,
 )
+from cache_builder.formats.plan import PlanRow, PlanUnit, plan_unit_name
 from cache_builder.formats.sample import CachedSample, SampleInfo
 from cache_builder.formats.shards import TarShard, shard_name
+from cache_builder.formats.units import Shard, array_problem, open_unit
 from cache_builder.formats.views import draw_views
 from cache_builder.payload_checks import payload_problem
 from cache_builder.stores import Measure, Store, open_store

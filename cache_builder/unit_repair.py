@@ -20,15 +20,14 @@ from cache_builder.errors import PatchCacheError
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     PLAN_NAME,
-    BuildPlan,
     FileDigest,
     ShardInfo,
     UnitRecord,
-    plan_unit_name,
     read_model,
     to_json,
     unit_record_name,
 )
+from cache_builder.formats.plan import BuildPlan, plan_unit_name
 from cache_builder.formats.zarr_store import create_store
 from cache_builder.stores import LocalStore, Store, open_store
 from cache_builder.transform_worker import TransformTask, TransformWorker

@@ -21,14 +21,8 @@ from torch import Tensor
 
 from cache_builder.decoders import Decoders
 from cache_builder.errors import ConfigError, ImageError, TokenizerMismatchError
-from cache_builder.formats.manifest import (
-    BuildPlan,
-    CacheSpec,
-    PlanRow,
-    SkippedSample,
-    UnitRecord,
-    Written,
-)
+from cache_builder.formats.manifest import CacheSpec, SkippedSample, UnitRecord, Written
+from cache_builder.formats.plan import BuildPlan, PlanRow
 from cache_builder.formats.sample import CachedSample, NewSample
 from cache_builder.formats.views import View, draw_views
 from cache_builder.formats.writers import open_writer

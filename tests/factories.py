@@ -13,14 +13,10 @@ from PIL import Image
 from cache_builder import build
 from cache_builder.build_worker import BuildTask, BuildWorker
 from cache_builder.commit import describe_layer, read_summaries, write_manifest
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
-from cache_builder.formats.manifest import (
-    BuildPlan,
-    CacheManifest,
-    read_model,
-    to_json,
-    unit_record_name,
-)
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
+from cache_builder.formats.manifest import CacheManifest, read_model, to_json, unit_record_name
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode, patchify

@@ -13,7 +13,7 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from cache_builder.errors import ImageError, ImageTooLargeError
-from cache_builder.formats.codebook import PixelRule
+from cache_builder.formats.codebook_header import PixelRule
 from cache_builder.formats.views import View, centre_square
 from cache_builder.imaging import EncodedImage, apply_view
 from tokenizers_svc.intake import HOW_TO_SEND

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from cache_builder.formats.codebook import Metric
+from cache_builder.formats.codebook_header import Metric
 from cache_builder.formats.views import Interpolation
 from tokenizers_svc.limits import Limits
 

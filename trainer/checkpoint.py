@@ -30,7 +30,7 @@ from cache_builder.errors import (
     TokenizerMismatchError,
 )
 from cache_builder.formats import CacheManifest
-from cache_builder.formats.codebook import check_format_version
+from cache_builder.formats.headers import check_format_version
 from cache_builder.stores import absolute_location
 from trainer.config import TrainConfig, differences, parse_config
 from trainer.model import VitSpec, build_vit

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.codebook import check_format_version
+from cache_builder.formats.headers import check_format_version
 from trainer.config import Init
 
 FORMAT_VERSION: Final = 1

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from cache_builder import imaging
 from cache_builder.errors import ConfigError, ImageError, PatchCacheError, SourceError
 from cache_builder.formats import TokenCache
-from cache_builder.formats.cache import IMAGE_ALONE
 from cache_builder.formats.columns import NO_LABEL
-from cache_builder.formats.manifest import MANIFEST_NAME, PLAN_NAME, PlanRow, PlanUnit
+from cache_builder.formats.manifest import MANIFEST_NAME, PLAN_NAME
+from cache_builder.formats.plan import PlanRow, PlanUnit
+from cache_builder.formats.units import IMAGE_ALONE
 from cache_builder.formats.views import centre_square
 from cache_builder.sources import ImageJoin, open_source
 from cache_builder.stores import open_store

@@ -1,7 +1,8 @@
 """Everything that lies on disk. Light: numpy, pydantic and safetensors, no framework."""
 
 from cache_builder.formats.cache import TokenCache
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, Metric, PixelRule, PluginSpec
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, Metric, PixelRule, PluginSpec
 from cache_builder.formats.manifest import CacheManifest, CacheSpec, ShardInfo
 from cache_builder.formats.payloads import FeatureSpec, PayloadName, SoftSpec, restore_features
 from cache_builder.formats.sample import CachedSample

@@ -5,18 +5,16 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache_builder.errors import ArtifactError, TokenizerMismatchError
-from cache_builder.formats import zarr_store
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.columns import ShardColumns, no_columns
+from cache_builder.formats.layers import LayeredShard, Part, choose_tokenizer, merged_manifest
 from cache_builder.formats.manifest import (
     CacheManifest,
-    CacheSpec,
     UnitRecord,
     read_model,
     unit_record_name,
@@ -28,39 +26,13 @@ from cache_builder.formats.payloads import (
     sum_features,
     sum_soft,
 )
-from cache_builder.formats.sample import CachedSample, SampleInfo
-from cache_builder.formats.shards import TarShard
-from cache_builder.formats.zarr_store import ZarrShard
+from cache_builder.formats.sample import CachedSample
+from cache_builder.formats.units import Shard, array_problem, open_unit
 from cache_builder.stores import Store, join_location, open_store
 
 _MAX_OPEN_SHARDS = 64
 _PAYLOAD_NAMES: frozenset[str] = frozenset(get_args(PayloadName))
-IMAGE_ALONE: frozenset[PayloadName] = frozenset({"image"})
 _TOKEN_TYPE = np.dtype(np.uint16)
-PER_VIEW = ("views", "token_ids", "soft_ids", "soft_probs", "features", "feature_scales")
-
-
-class Shard(Protocol):
-    """The samples of one unit."""
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Sample keys, in order."""
-
-    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
-        """Return one sample with these optional payloads; None means all."""
-
-    def columns(self) -> ShardColumns:
-        """Return the targets of all samples as arrays."""
-
-    def info(self, row: int) -> SampleInfo:
-        """Return where a sample came from and how large its picture was."""
-
-    def close(self) -> None:
-        """Release the files."""
 
 
 class TokenCache:
@@ -79,7 +51,7 @@ class TokenCache:
         self,
         store: Store,
         manifest: CacheManifest,
-        parts: Sequence["_Part"],
+        parts: Sequence[Part],
         images: CacheManifest | None = None,
     ) -> None:
         """Keep what was found; call `open` to get a cache by its place."""
@@ -107,13 +79,13 @@ class TokenCache:
         """
         store = open_store(path)
         base = CacheManifest.load(store)
-        fingerprint = _choose_tokenizer(base, tokenizer, store.location)
-        parts = [_Part(store, base)] if base.fingerprint == fingerprint else []
+        fingerprint = choose_tokenizer(base, tokenizer, store.location)
+        parts = [Part(store, base)] if base.fingerprint == fingerprint else []
         for layer in sorted(base.layers, key=lambda layer: layer.first_view):
             if layer.fingerprint == fingerprint:
                 below = open_store(join_location(store.location, layer.name))
-                parts.append(_Part(below, CacheManifest.load(below)))
-        manifest = base if parts == [_Part(store, base)] else _merge(base, parts)
+                parts.append(Part(below, CacheManifest.load(below)))
+        manifest = base if parts == [Part(store, base)] else merged_manifest(base, parts)
         # Layers hold no images; theirs are the cache's.
         elsewhere = parts[0].manifest is not base and "image" in base.payloads
         return cls(store, manifest, parts, base if elsewhere else None)
@@ -223,15 +195,11 @@ class TokenCache:
 
         Parts are image, tokens, views, soft, features, and info for all the rest.
         """
-        if self.manifest.spec.layout == "zarr":
-            images = self._images.shards[index].files if self._images else ()
-            kept = Counter({"image": zarr_store.part_bytes(images)["image"]})
-            return zarr_store.part_bytes(self.manifest.shards[index].files) + kept
-        return _part_bytes(self.shard(index))
+        return self.shard(index).part_bytes()
 
     def damage(self, index: int) -> str | None:
         """Digest the files of one shard; say what is wrong with them, or None."""
-        images = [] if self._images is None else [_Part(self.store, self._images)]
+        images = [] if self._images is None else [Part(self.store, self._images)]
         for store, manifest in (*self._parts, *images):
             info = manifest.shards[index]
             for file in (*info.files, info.record):
@@ -292,160 +260,4 @@ class TokenCache:
             images = open_unit(self.store, self._images.spec, index, num_samples)
         if images is None and len(opened) == 1:
             return opened[0]
-        return _Layers(self.location, opened, images)
-
-
-def array_problem(
-    sample: CachedSample, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> str | None:
-    """Say what is wrong with the shape or type of an array of a sample, or None."""
-    values = getattr(sample, name)
-    if values is not None and values.shape == shape and values.dtype == dtype:
-        return None
-    found = "missing" if values is None else f"{values.shape} {values.dtype}"
-    return f"{name.replace('_', ' ')} of {sample.key} are {found}, expected {shape} {dtype}"
-
-
-class _Part(NamedTuple):
-    """A cache or a layer that holds some of the targets."""
-
-    store: Store
-    manifest: CacheManifest
-
-
-class _Layers:
-    """The samples of one unit, whose targets lie side by side in a cache and its layers."""
-
-    def __init__(self, location: str, parts: list[Shard], images: Shard | None) -> None:
-        self._location = location
-        self._parts = parts
-        self._images = images  # where a part does not hold them
-
-    def __len__(self) -> int:
-        return len(self._parts[0])
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._parts[0].keys
-
-    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
-        first, *others = (part.read(row, payloads) for part in self._parts)
-        image = first.image
-        if self._images is not None and (payloads is None or "image" in payloads):
-            other = self._images.read(row, IMAGE_ALONE)
-            self._check_key(first, other)
-            image = other.image
-        for other in others:
-            self._check_key(first, other)
-        joined: dict[str, Any] = {
-            name: _joined([getattr(sample, name) for sample in (first, *others)])
-            for name in PER_VIEW
-        }
-        return first._replace(image=image, **joined)
-
-    def columns(self) -> ShardColumns:
-        first, *others = (part.columns() for part in self._parts)
-        for other in others:
-            if other.keys != first.keys:
-                raise ArtifactError(
-                    f"{self._location}: a layer has other samples than another part. "
-                    f"Run `patchcache verify {self._location}`."
-                )
-        every = (first, *others)
-        return first._replace(
-            views=np.concatenate([columns.views for columns in every], 1),
-            token_ids=np.concatenate([columns.token_ids for columns in every], 1),
-        )
-
-    def part_bytes(self) -> Counter[str]:
-        sizes = sum((_part_bytes(part) for part in self._parts), Counter[str]())
-        if self._images is not None:
-            sizes["image"] = _part_bytes(self._images)["image"]
-        return sizes
-
-    def info(self, row: int) -> SampleInfo:
-        return self._parts[0].info(row)
-
-    def close(self) -> None:
-        for part in (*self._parts, *([self._images] if self._images else [])):
-            part.close()
-
-    def _check_key(self, first: CachedSample, other: CachedSample) -> None:
-        if other.key != first.key:
-            raise ArtifactError(
-                f"{self._location}: a layer has {other.key} where another part has {first.key}. "
-                f"Run `patchcache verify {self._location}`."
-            )
-
-
-def _part_bytes(shard: Shard) -> Counter[str]:
-    return shard.part_bytes() if isinstance(shard, TarShard | _Layers) else Counter()
-
-
-def _joined(arrays: list[NDArray[Any] | None]) -> NDArray[Any] | None:
-    """Return arrays of several groups of views as one; None if one of them is missing."""
-    kept = [array for array in arrays if array is not None]
-    return np.concatenate(kept) if len(kept) == len(arrays) else None
-
-
-def _choose_tokenizer(base: CacheManifest, wanted: str | None, location: str) -> str:
-    """Return the fingerprint that `wanted` begins."""
-    if wanted is None:
-        return base.fingerprint
-    there = sorted({base.fingerprint, *(layer.fingerprint for layer in base.layers)})
-    found = [fingerprint for fingerprint in there if fingerprint.startswith(wanted)]
-    if len(found) != 1:
-        raise TokenizerMismatchError(
-            f"{location} holds targets of tokenizers {', '.join(there)}; {wanted!r} names "
-            f"{len(found) or 'none'} of them. Give the first characters of one."
-        )
-    return found[0]
-
-
-def _merge(base: CacheManifest, parts: list[_Part]) -> CacheManifest:
-    """Return the manifest of a cache with all the views of some parts."""
-    first, specs = parts[0].manifest, [part.manifest.spec for part in parts]
-    view_spec = first.view_spec.model_copy(
-        update={"num_views": sum(spec.view_spec.num_views for spec in specs)}
-    )
-    spec = first.spec.model_copy(
-        update={
-            "view_spec": view_spec,
-            "images_in_cache": base.spec.images_in_cache,
-            "soft": first.spec.soft if all(spec.soft for spec in specs) else None,
-            "features": first.spec.features if all(spec.features for spec in specs) else None,
-        }
-    )
-    shards = tuple(
-        shard.model_copy(
-            update={"files": tuple(f for p in parts for f in p.manifest.shards[number].files)}
-        )
-        for number, shard in enumerate(first.shards)
-    )
-    return base.model_copy(
-        update={
-            "spec": spec,
-            "payloads": spec.payloads,
-            "shards": shards,
-            "codebook": first.codebook,
-            "soft": sum_soft(p.manifest.soft for p in parts if p.manifest.soft),
-            "features": sum_features(p.manifest.features for p in parts if p.manifest.features),
-        }
-    )
-
-
-def open_unit(store: Store, spec: CacheSpec, unit: int, num_samples: int) -> Shard:
-    """Open the samples of one finished unit.
-
-    Raises:
-        ArtifactError: They are missing or damaged, or not as many as expected.
-    """
-    if spec.layout == "zarr":
-        return ZarrShard(store, spec, unit, num_samples)
-    record = read_model(UnitRecord, store, unit_record_name(unit))
-    if len(record.samples) != num_samples:
-        raise ArtifactError(
-            f"{store.location}: unit {unit} lists {len(record.samples)} samples, the manifest "
-            f"says {num_samples}. Run `patchcache verify {store.location}`."
-        )
-    return TarShard(store, unit, record)
+        return LayeredShard(self.location, opened, images)

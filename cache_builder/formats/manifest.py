@@ -1,7 +1,6 @@
-"""What a cache is, from the plan to the manifest: four kinds of JSON file.
+"""What a cache holds: the commit record of every unit, and the manifest of all of them.
 
-    plan.json           `BuildPlan`: what will be built; created once, never changed
-    plan/000000.json    `PlanUnit`: the samples of one unit of work, in order
+    plan.json, plan/    what will be built: see `formats.plan`
     units/000000.json   `UnitRecord`: written last by the worker that finished the unit
     manifest.json       `CacheManifest`: written when every unit is there
 
@@ -33,7 +32,7 @@ from pydantic import (
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.codebook import check_format_version, first_problem
+from cache_builder.formats.headers import check_format_version, first_problem
 from cache_builder.formats.payloads import (
     FeatureSpec,
     FeatureTotals,
@@ -71,10 +70,9 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
 
 
 _LEFT_OUT_UNSET = frozenset({"soft", "features", "has_extra", "layers", "store_files"})
-_LEFT_OUT_OF_ROWS = ("extra", "refused", "span")
 
 
-class _LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
+class LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
     """A model whose fields that not every cache has are written only where they are set."""
 
     @model_serializer(mode="wrap")
@@ -85,7 +83,7 @@ class _LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
         }
 
 
-class CacheSpec(_LeavesOutUnset, frozen=True, extra="forbid"):
+class CacheSpec(LeavesOutUnset, frozen=True, extra="forbid"):
     """The settings of a build: two builds with equal specs and sources give equal bytes."""
 
     fingerprint: str = Field(description="identity of the tokenizer")
@@ -122,57 +120,6 @@ class CacheSpec(_LeavesOutUnset, frozen=True, extra="forbid"):
         soft = ("soft",) if self.soft else ()
         features = ("features",) if self.features else ()
         return ("tokens", "views", *image, *soft, *features)
-
-
-class BuildPlan(_LeavesOutUnset, frozen=True, extra="forbid"):
-    """`plan.json`: which build this directory belongs to."""
-
-    format_version: int = FORMAT_VERSION
-    spec: CacheSpec
-    num_units: int = Field(gt=0)
-    units_sha256: str = Field(description="of the concatenated SHA-256 of every plan unit file")
-    layers: tuple[str, ...] = Field((), description="names of the layers that are built with it")
-
-
-class PlanRow(BaseModel, frozen=True, extra="forbid"):
-    """One sample to tokenise."""
-
-    key: str
-    source: str = Field(
-        description="path within the folder, line of the list, member name within the tar or zip, "
-        "or row of the Parquet file and the path that it gives"
-    )
-    label: int | None = None
-    extra: dict[str, JsonValue] = Field(
-        default_factory=dict, description="further columns of the source"
-    )
-    refused: str = Field("", description="why the image is not read; empty: it is")
-    span: tuple[int, int] | None = Field(
-        None, description="offset and bytes of a tar member's content, or of a zip member"
-    )
-
-
-class PlanUnit(BaseModel, frozen=True, extra="forbid"):
-    """`plan/NNNNNN.json`: one unit of work."""
-
-    unit: int = Field(ge=0)
-    container: str = Field(
-        "", description="tar, zip or Parquet file with the images; empty for a folder or list"
-    )
-    container_bytes: int | None = Field(None, description="its size when it was listed")
-    rows: tuple[PlanRow, ...]
-
-    @model_serializer(mode="wrap")
-    def _leave_out_unset_of_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialise(self)
-        if fields["container_bytes"] is None:
-            del fields["container_bytes"]
-        # Not by a serializer of the row: called a million times, it takes longer than the listing.
-        for row in fields["rows"]:
-            for name in _LEFT_OUT_OF_ROWS:
-                if not row[name]:
-                    del row[name]
-        return fields
 
 
 class FileDigest(BaseModel, frozen=True, extra="forbid"):
@@ -229,7 +176,7 @@ class SampleEntry(BaseModel, frozen=True, extra="forbid"):
     members: dict[str, tuple[int, int]]
 
 
-class UnitRecord(_LeavesOutUnset, frozen=True, extra="forbid"):
+class UnitRecord(LeavesOutUnset, frozen=True, extra="forbid"):
     """`units/NNNNNN.json`: the commit record of one unit."""
 
     format_version: int = FORMAT_VERSION
@@ -283,7 +230,7 @@ class LayerInfo(BaseModel, frozen=True, extra="forbid"):
     manifest: FileDigest
 
 
-class CacheManifest(_LeavesOutUnset, frozen=True, extra="forbid"):
+class CacheManifest(LeavesOutUnset, frozen=True, extra="forbid"):
     """`manifest.json`: what a finished cache holds."""
 
     format_version: int = FORMAT_VERSION
@@ -368,11 +315,6 @@ class CacheManifest(_LeavesOutUnset, frozen=True, extra="forbid"):
                 "Pass the directory that `patchcache build --out` wrote."
             )
         return read_model(cls, store, MANIFEST_NAME)
-
-
-def plan_unit_name(unit: int) -> str:
-    """Return the name of one unit's plan."""
-    return f"plan/{unit:06d}.json"
 
 
 def unit_record_name(unit: int) -> str:

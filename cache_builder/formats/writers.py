@@ -1,6 +1,6 @@
 """Where the samples of one unit are written, whichever layout the cache has."""
 
-from cache_builder.formats.manifest import BuildPlan
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.formats.shards import ShardWriter
 from cache_builder.formats.zarr_store import RowWriter
 from cache_builder.stores import Store

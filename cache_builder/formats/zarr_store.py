@@ -15,15 +15,12 @@ fill. Those rows are exactly one Zarr shard of every array, and one process writ
 in one Zarr shard lose data without an error. The arrays are created at full shape before any
 worker starts and never resized. `image_spans` and `images` exist only in a cache with images.
 
-A reader holds the token ids of a unit in memory, which are small. Soft targets and features are
-not: they lie in chunks of at most 1 MiB, and the reader holds the last chunk.
+Soft targets and features lie in chunks of at most 1 MiB. `zarr_shard` reads what is written here.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
@@ -32,16 +29,14 @@ from numpy.typing import NDArray
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.columns import ShardColumns
 from cache_builder.formats.manifest import CacheSpec, FileDigest, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
-from cache_builder.formats.sample import CachedSample, NewSample, SampleInfo
-from cache_builder.stores import RandomReader, Store
+from cache_builder.formats.sample import NewSample
+from cache_builder.stores import Store
 
 STORE_NAME = "tokens.zarr"
 ABSENT = 65_535
 
-_UNREADABLE = (OSError, KeyError, ValueError, RuntimeError)  # what zarr raises of damage
 _PART_OF_ARRAY = {"tokens": "tokens", "views": "views", "images": "image"}
 _MAX_CHUNK_ROWS = 256
 _MAX_PAYLOAD_CHUNK_BYTES = 1 << 20
@@ -213,147 +208,6 @@ def part_bytes(stored: Iterable[FileDigest]) -> Counter[str]:
             part = "info"
         sizes[part] += file.bytes
     return sizes
-
-
-class ZarrShard:
-    """The samples of one unit: token ids in memory, the rest read when it is asked for."""
-
-    def __init__(self, store: Store, spec: CacheSpec, unit: int, num_samples: int) -> None:
-        """Read the token ids of one unit.
-
-        Raises:
-            ArtifactError: The store is missing or damaged.
-        """
-        start = unit * spec.unit_size
-        rows = slice(start, start + num_samples)
-        self._store, self._unit = store, unit
-        self._images: RandomReader | None = None
-        self._name = f"{STORE_NAME}/images/{unit:06d}/c/0"
-        try:
-            group = open_group(store)
-            self._tokens: NDArray[np.uint16] = group["tokens"][rows]
-            self._views: NDArray[np.int32] = group["views"][rows]
-            self._labels: list[int] = group["labels"][rows].tolist()
-            self._keys: list[str] = group["keys"][rows].tolist()
-            self._group, self._rows = group, rows
-            self._extra: list[str] = group["extra"][rows].tolist() if spec.has_extra else []
-            # A unit whose images were all skipped has no image file.
-            if num_samples and spec.images_in_cache != "none":
-                self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
-                self._images = store.open(self._name)
-            self._payloads = {
-                name: (array.payload, _Chunks(group[name], start, num_samples))
-                for name, array in spec.payload_arrays.items()
-            }
-        except _UNREADABLE as exc:
-            raise self._damaged(exc) from exc
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self._keys)
-
-    @property
-    def keys(self) -> list[str]:
-        """Sample keys, in order."""
-        return self._keys
-
-    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
-        """Return one sample with these optional payloads; None means all."""
-        label = self._labels[row]
-        try:
-            arrays = {
-                name: chunks.row(row)
-                for name, (payload, chunks) in self._payloads.items()
-                if payloads is None or payload in payloads
-            }
-            extra = json.loads(self._extra[row] or "{}") if self._extra else {}
-        except _UNREADABLE as exc:
-            raise self._damaged(exc) from exc
-        return CachedSample(
-            key=self._keys[row],
-            image=self._image(row) if payloads is None or "image" in payloads else None,
-            label=None if label < 0 else label,
-            views=self._views[row],
-            token_ids=self._tokens[row],
-            extra=extra,
-            **arrays,
-        )
-
-    def columns(self) -> ShardColumns:
-        """Return the targets of all samples; images, soft targets and features are not read.
-
-        Raises:
-            ArtifactError: The sizes of the images cannot be read.
-        """
-        try:
-            image_sizes = self._group["sizes"][self._rows]
-        except _UNREADABLE as exc:
-            raise self._damaged(exc) from exc
-        labels = np.array(self._labels, np.int64)
-        return ShardColumns(self._keys, labels, image_sizes, self._views, self._tokens)
-
-    def info(self, row: int) -> SampleInfo:
-        """Return where a sample came from and how large its picture was.
-
-        Raises:
-            ArtifactError: The store is damaged.
-        """
-        return self._infos[row]
-
-    @cached_property
-    def _infos(self) -> list[SampleInfo]:
-        try:
-            sources = self._group["source"][self._rows].tolist()
-            sizes = self._group["sizes"][self._rows].tolist()
-        except _UNREADABLE as exc:
-            raise self._damaged(exc) from exc
-        return [
-            SampleInfo(source, (height, width))
-            for source, (height, width) in zip(sources, sizes, strict=True)
-        ]
-
-    def close(self) -> None:
-        """Close the image file."""
-        if self._images is not None:
-            self._images.close()
-
-    def _image(self, row: int) -> bytes | None:
-        if self._images is None:
-            return None
-        start, stop = self._spans[row]
-        data = self._images.read(start, stop - start)
-        if len(data) < stop - start:
-            raise ArtifactError(
-                f"{self._store.where(self._name)} ends before sample {self._keys[row]}."
-            )
-        return data
-
-    def _damaged(self, exc: Exception) -> ArtifactError:
-        return ArtifactError(
-            f"{self._store.where(STORE_NAME)}: unit {self._unit} cannot be read ({exc}). "
-            f"Run `patchcache verify {self._store.location}`."
-        )
-
-
-class _Chunks:
-    """One unit's rows of an array, read by whole chunks, the last of which is kept."""
-
-    def __init__(self, array: Any, start: int, num_samples: int) -> None:
-        self._array = array
-        self._start = start
-        self._num_samples = num_samples
-        self._first = -1
-        self._rows: NDArray[Any] = np.empty(0)
-
-    def row(self, index: int) -> NDArray[Any]:
-        size = self._array.chunks[0]
-        first = index // size * size
-        if first != self._first:
-            stop = min(first + size, self._num_samples)
-            self._rows = self._array[self._start + first : self._start + stop]
-            self._first = first
-        found: NDArray[Any] = self._rows[index - first]
-        return found
 
 
 def _arrays(spec: CacheSpec) -> dict[str, _Array]:

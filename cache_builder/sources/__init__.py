@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cache_builder.errors import ConfigError, ImageError, SourceError
-from cache_builder.formats.manifest import PlanRow, PlanUnit
+from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.sources import remote
 from cache_builder.sources.folder import scan_folder
 from cache_builder.sources.image_join import ImageJoin

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterator
 
 from cache_builder.errors import ImageError, NotServedError, SourceError
-from cache_builder.formats.manifest import PlanRow, PlanUnit
+from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources import names, remote
 

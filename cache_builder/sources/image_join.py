@@ -4,7 +4,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from cache_builder.errors import ImageError, SourceError
-from cache_builder.formats.manifest import PlanRow, PlanUnit, SourceInfo, plan_unit_name, read_model
+from cache_builder.formats.manifest import SourceInfo, read_model
+from cache_builder.formats.plan import PlanRow, PlanUnit, plan_unit_name
 from cache_builder.sources.containers import Container, open_inflated
 from cache_builder.sources.files import read_row as read_file
 from cache_builder.sources.names import (

@@ -10,7 +10,8 @@ from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 from cache_builder.errors import ImageError, SourceError
-from cache_builder.formats.manifest import PlanRow, PlanUnit, SourceInfo, SourceKind
+from cache_builder.formats.manifest import SourceInfo, SourceKind
+from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.sources.classes import Classes
 from cache_builder.sources.external_sort import Record, SortedRows, Spool
 from cache_builder.sources.names import base_name

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from cache_builder.errors import ConfigError, ImageError, MissingDependencyError, SourceError
 from cache_builder.formats.keys import escape_key
-from cache_builder.formats.manifest import PlanRow
+from cache_builder.formats.plan import PlanRow
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources.classes import ValueClasses
 from cache_builder.sources.columns import clean_json

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from cache_builder.errors import ConfigError, ImageError
-from cache_builder.formats.manifest import PlanRow, PlanUnit
+from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources import parquet, webdataset, zips
 from cache_builder.sources.containers import Container, open_inflated

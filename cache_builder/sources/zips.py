@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from cache_builder.errors import SourceError
 from cache_builder.formats.keys import escape_key
-from cache_builder.formats.manifest import PlanRow
+from cache_builder.formats.plan import PlanRow
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources.classes import FolderClasses
 from cache_builder.sources.containers import Container, open_container

@@ -20,13 +20,13 @@ from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from cache_builder.errors import ConfigError, TokenizerMismatchError
-from cache_builder.formats.codebook import (
+from cache_builder.formats.codebook_header import (
     PLUGIN_PREFIX,
     ExtractorSpec,
     PixelRule,
     PluginSpec,
-    first_problem,
 )
+from cache_builder.formats.headers import first_problem
 from cache_builder.imaging import patchify
 from cache_builder.tokenizers import models
 from cache_builder.tokenizers.models import DEFAULT_IMAGE_SIZE

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from cache_builder.errors import ConfigError, MissingDependencyError
-from cache_builder.formats.codebook import PixelRule
+from cache_builder.formats.codebook_header import PixelRule
 from cache_builder.formats.views import Interpolation
 
 DEFAULT_IMAGE_SIZE = 224

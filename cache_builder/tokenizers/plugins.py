@@ -29,14 +29,14 @@ from cache_builder.errors import (
     PluginError,
     TokenizerMismatchError,
 )
-from cache_builder.formats.codebook import (
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import (
     PLUGIN_PREFIX,
-    Codebook,
     ExtractorSpec,
     PixelRule,
     PluginSpec,
-    first_problem,
 )
+from cache_builder.formats.headers import first_problem
 from cache_builder.tokenizers.models import weights_digest
 
 GROUP = "patchcache.tokenizers"

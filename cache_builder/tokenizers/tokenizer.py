@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cache_builder.errors import ConfigError, TokenizerMismatchError
-from cache_builder.formats.codebook import Codebook, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import PixelRule
 from cache_builder.imaging import unpatchify
 from cache_builder.tokenizers.features import (
     FeatureExtractor,

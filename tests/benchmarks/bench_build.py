@@ -40,7 +40,8 @@ from cache_builder import files, image_types, imaging, sources
 from cache_builder.build_worker import BuildTask
 from cache_builder.formats import manifest, shards, tar_stream, views, zarr_store
 from cache_builder.formats.cache import TokenCache
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.formats.views import View, draw_views
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.kmeans import fit_centroids

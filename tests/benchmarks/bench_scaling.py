@@ -30,16 +30,14 @@ from cache_builder.commit import summarise, write_manifest
 from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
-    BuildPlan,
     FileDigest,
-    PlanRow,
-    PlanUnit,
     SampleEntry,
     SourceInfo,
     UnitRecord,
     read_model,
     to_json,
 )
+from cache_builder.formats.plan import BuildPlan, PlanRow, PlanUnit
 from cache_builder.planning import settle_plan
 from cache_builder.sources import Listing, open_source
 from cache_builder.stores import open_store

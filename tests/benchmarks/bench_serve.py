@@ -44,7 +44,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.tokenizers import PatchTokenizer

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from tests.benchmarks.accelerator import wait_for_device
 
 

@@ -10,7 +10,8 @@ import torch
 from cache_builder import appraisal, fit
 from cache_builder.appraisal_table import appraisal_result, measures, picked_text, warnings
 from cache_builder.errors import ConfigError, SourceError
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.imaging import patchify
 from cache_builder.sampling import held_out_keys
 from cache_builder.sources import open_source

@@ -15,7 +15,8 @@ from PIL import ExifTags, Image
 from cache_builder import build
 from cache_builder.errors import ArtifactError, ConfigError, SourceError, TokenizerMismatchError
 from cache_builder.formats import TokenCache, View, draw_views
-from cache_builder.formats.manifest import BuildPlan, UnitRecord
+from cache_builder.formats.manifest import UnitRecord
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.imaging import apply_view, decode
 from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.stores import open_store

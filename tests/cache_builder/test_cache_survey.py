@@ -14,7 +14,8 @@ from cache_builder.cache_survey import spread
 from cache_builder.cache_table import class_lines, histogram, survey_result
 from cache_builder.errors import ArtifactError
 from cache_builder.formats import TokenCache
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.formats.manifest import CacheManifest, LayerInfo
 from cache_builder.quality import Agreement, mean_agreement
 from tests import factories

@@ -9,7 +9,8 @@ import torch
 
 from cache_builder.codebook_export import export_codebook
 from cache_builder.errors import ConfigError
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.imaging import decode, patchify
 from cache_builder.tokenizers.quantizer import ResidualQuantizer
 from tests import factories

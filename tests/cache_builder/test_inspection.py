@@ -7,7 +7,8 @@ import pytest
 
 from cache_builder.errors import ArtifactError
 from cache_builder.formats import TokenCache
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.inspection import describe
 from tests import factories
 

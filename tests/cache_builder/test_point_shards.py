@@ -9,7 +9,7 @@ from cache_builder.kmeans import fit_centroids
 from cache_builder.point_shards import PointShard, RemoteShard, ShardedPoints, pieces
 from cache_builder.points import PointSet
 from cache_builder.tokenizers.quantizer import ResidualQuantizer
-from tests.cache_builder.test_kmeans import photo_patches
+from tests.factories import photo_patches
 
 
 def spread(points, num_shards, metric="l2"):

@@ -10,8 +10,9 @@ import torch
 
 from cache_builder import sampling
 from cache_builder.errors import ConfigError
-from cache_builder.formats.codebook import PixelRule
-from cache_builder.formats.manifest import PlanRow, PlanUnit, SourceInfo
+from cache_builder.formats.codebook_header import PixelRule
+from cache_builder.formats.manifest import SourceInfo
+from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.ray_jobs import ClusterOptions

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from cache_builder import imaging
-from cache_builder.formats.codebook import Codebook, ExtractorSpec, PixelRule
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.formats.views import centre_square
 from cache_builder.tokenizers import PatchTokenizer
 from tokenizers_svc.serve import make_server

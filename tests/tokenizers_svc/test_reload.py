@@ -86,7 +86,8 @@ def test_a_codebook_that_cannot_be_read_leaves_the_old_one_serving(path, options
 
 
 def test_a_tokenizer_that_cannot_be_loaded_leaves_the_old_one_serving(path, options):
-    from cache_builder.formats.codebook import Codebook, ExtractorSpec
+    from cache_builder.formats.codebook import Codebook
+    from cache_builder.formats.codebook_header import ExtractorSpec
 
     strange = Codebook(
         OTHER.centroids, OTHER.counts, metric="l2", pixel_rule=OTHER.pixel_rule,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from cache_builder.errors import ArtifactError, ConfigError
-from cache_builder.formats.codebook import Codebook, ExtractorSpec
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec
 from tests.tokenizers_svc.support import (
     RULE,
     WatchedTokenizer,

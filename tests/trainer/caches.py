@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_builder.formats import Codebook
-from cache_builder.formats.codebook import ExtractorSpec, PixelRule
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from tests import factories
 from trainer.config import parse_config
 

@@ -26,7 +26,7 @@ from cache_builder.errors import (
     TokenizerMismatchError,
 )
 from cache_builder.files import publish
-from cache_builder.formats.manifest import PlanUnit
+from cache_builder.formats.plan import PlanUnit
 from cache_builder.sources import Listing, Source, open_source
 from cache_builder.sources.names import is_image
 from tokenizers_svc.client.answers import Tokens

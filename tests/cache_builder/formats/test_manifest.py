@@ -4,14 +4,8 @@ import pytest
 
 from cache_builder.errors import ArtifactError, FormatVersionError
 from cache_builder.formats import CacheManifest
-from cache_builder.formats.manifest import (
-    FileDigest,
-    PlanUnit,
-    UnitRecord,
-    plan_unit_name,
-    to_json,
-    unit_record_name,
-)
+from cache_builder.formats.manifest import FileDigest, UnitRecord, to_json, unit_record_name
+from cache_builder.formats.plan import PlanUnit, plan_unit_name
 from cache_builder.stores import open_store
 from tests import factories
 

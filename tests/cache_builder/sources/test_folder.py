@@ -6,7 +6,8 @@ import os
 import pytest
 
 from cache_builder.errors import SourceError
-from cache_builder.formats.manifest import PlanUnit, SourceInfo
+from cache_builder.formats.manifest import SourceInfo
+from cache_builder.formats.plan import PlanUnit
 from cache_builder.sources import open_source
 from tests.listings import folder, listed, read_all, rows_of
 

@@ -4,7 +4,8 @@ import numpy as np
 from playwright.sync_api import expect
 
 from cache_builder import imaging, pictures
-from cache_builder.formats.codebook import Codebook, ExtractorSpec
+from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.codebook_header import ExtractorSpec
 from cache_builder.formats.views import View, centre_square
 from cache_builder.tokenizers import PatchTokenizer
 from tests.tokenizers_svc.support import RULE, jpeg, make_codebook

@@ -1,0 +1,41 @@
+"""What every JSON header of ours has in common: a format version, and how damage is told.
+
+A version is looked at before anything else is, so that a file of a newer patchcache is called that
+and not damaged.
+"""
+
+from pydantic import BaseModel, Field, ValidationError
+
+from cache_builder.errors import ArtifactError, FormatVersionError
+
+
+def check_format_version(text: str | bytes, newest: int, place: str) -> None:
+    """Refuse JSON whose `format_version` is missing or newer than `newest`.
+
+    Raises:
+        FormatVersionError: It is newer.
+        ArtifactError: There is none, or the text is not a JSON object.
+    """
+    try:
+        version = VersionOnly.model_validate_json(text).format_version
+    except ValidationError as exc:
+        raise ArtifactError(f"{place} is damaged: {first_problem(exc)}") from exc
+    if version > newest:
+        raise FormatVersionError(
+            f"{place} has format version {version}; this patchcache reads up to {newest}. "
+            "Upgrade patchcache: pip install -U patchcache"
+        )
+
+
+def first_problem(exc: ValidationError) -> str:
+    """Return the first thing that a model complained of, in one line with its place."""
+    error = exc.errors()[0]
+    where = ".".join(str(part) for part in error["loc"])
+    what = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
+
+
+class VersionOnly(BaseModel, frozen=True):
+    """The one field that every version of every header has."""
+
+    format_version: int = Field(ge=1)

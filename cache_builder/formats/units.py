@@ -1,0 +1,72 @@
+"""One finished unit of a cache, whichever layout it has: how it is opened and what it must hold."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from cache_builder.errors import ArtifactError
+from cache_builder.formats.columns import ShardColumns
+from cache_builder.formats.manifest import CacheSpec, UnitRecord, read_model, unit_record_name
+from cache_builder.formats.payloads import PayloadName
+from cache_builder.formats.sample import CachedSample, SampleInfo
+from cache_builder.formats.shards import TarShard
+from cache_builder.formats.zarr_shard import ZarrShard
+from cache_builder.stores import Store
+
+IMAGE_ALONE: frozenset[PayloadName] = frozenset({"image"})
+
+
+class Shard(Protocol):
+    """The samples of one unit."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Sample keys, in order."""
+
+    def read(self, row: int, payloads: Collection[PayloadName] | None = None) -> CachedSample:
+        """Return one sample with these optional payloads; None means all."""
+
+    def columns(self) -> ShardColumns:
+        """Return the targets of all samples as arrays."""
+
+    def info(self, row: int) -> SampleInfo:
+        """Return where a sample came from and how large its picture was."""
+
+    def part_bytes(self) -> Counter[str]:
+        """Return what image, tokens, views, soft, features, and info take, bytes."""
+
+    def close(self) -> None:
+        """Release the files."""
+
+
+def array_problem(
+    sample: CachedSample, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> str | None:
+    """Say what is wrong with the shape or type of an array of a sample, or None."""
+    values = getattr(sample, name)
+    if values is not None and values.shape == shape and values.dtype == dtype:
+        return None
+    found = "missing" if values is None else f"{values.shape} {values.dtype}"
+    return f"{name.replace('_', ' ')} of {sample.key} are {found}, expected {shape} {dtype}"
+
+
+def open_unit(store: Store, spec: CacheSpec, unit: int, num_samples: int) -> Shard:
+    """Open the samples of one finished unit.
+
+    Raises:
+        ArtifactError: They are missing or damaged, or not as many as expected.
+    """
+    if spec.layout == "zarr":
+        return ZarrShard(store, spec, unit, num_samples)
+    record = read_model(UnitRecord, store, unit_record_name(unit))
+    if len(record.samples) != num_samples:
+        raise ArtifactError(
+            f"{store.location}: unit {unit} lists {len(record.samples)} samples, the manifest "
+            f"says {num_samples}. Run `patchcache verify {store.location}`."
+        )
+    return TarShard(store, unit, record)

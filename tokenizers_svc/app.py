@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect
 
 from tokenizers_svc import openapi, routes
 from tokenizers_svc.access import Access, AccessControl, allow_origins
+from tokenizers_svc.application import Application
 from tokenizers_svc.batcher import Tokenizer
 from tokenizers_svc.exchange import answer_nobody
 from tokenizers_svc.limits import Limits
@@ -90,7 +91,7 @@ def create_app(
     )
     access = Access(options.access)
     service = TokenizeService(registry, metrics)
-    app = FastAPI(
+    app = Application(
         title="patchcache tokenizer",
         description="Pictures in, per-patch token ids out. "
         "Refusals are RFC 9457 problems with a `code`.",

@@ -26,7 +26,7 @@ class KeptAnswers:
     """Answers of the last pictures, as many as fit into so many bytes."""
 
     def __init__(self, max_bytes: int) -> None:
-        """Keep none yet; with 0 bytes, none ever, and equal pictures are tokenised each."""
+        """Keep none yet."""
         self._max_bytes = max_bytes
         self._known: OrderedDict[Key, Tokens] = OrderedDict()
         self._flights: dict[Key, _Flight] = {}
@@ -50,12 +50,10 @@ class KeptAnswers:
 
         Cancelling leaves the others who wait alone; the last one who leaves ends the work.
         """
-        if not self._max_bytes:
-            return await make()
         tokens = self.find(key)
         if tokens is not None:
             self.num_hits += 1
-            return Outcome(key, tokens, None)
+            return Outcome(tokens, None)
         self.num_misses += 1
         flight = self._flights.get(key)
         if flight is None:

@@ -40,6 +40,8 @@ def configure(
         root.removeHandler(known)
     root.addHandler(handler)
     root.setLevel(level)
+    # Nothing here prints them, and each is looked up for every line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
@@ -54,9 +56,11 @@ class JsonFormatter(logging.Formatter):
             "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
         }
+        if isinstance(record.msg, _Line):
+            line |= record.msg.fields()
+        else:
+            line["message"] = record.getMessage()
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return _encode(line)
@@ -66,36 +70,49 @@ def log_request(record: RequestRecord) -> None:
     """Write the line of one request: an observer of `Observation`."""
     if record.route in _QUIET_ROUTES or not _access.isEnabledFor(logging.INFO):
         return
-    stages_ms = {
-        name: round(1000 * seconds, 2) for name, seconds in record.longest_stages().items()
-    }
-    fields: dict[str, Any] = {
-        "request_id": record.request_id,
-        "method": record.method,
-        "route": record.route,
-        "status": record.status,
-        "duration_ms": round(1000 * record.seconds, 2),
-        "received_bytes": record.received_bytes,
-        "sent_bytes": record.sent_bytes,
-    }
-    if record.model is not None:
-        fields["model"] = record.model
-    if record.num_images:
-        fields["num_images"] = record.num_images
-    if stages_ms:
-        fields["stages_ms"] = stages_ms
-    if record.problems:
-        fields["problems"] = record.problems
-    message = "{} {} {} in {:.1f} ms{}{} {}".format(
-        record.method,
-        record.route,
-        record.status,
-        1000 * record.seconds,
-        "".join(f" {name}={ms:g}" for name, ms in stages_ms.items()),
-        f" {','.join(record.problems)}" if record.problems else "",
-        record.request_id,
-    )
     # Not `info`, which walks the stack for the line that called it, at every request.
     level = {"levelno": logging.INFO, "levelname": "INFO"}
-    line = {"name": _access.name, **level, "msg": message, "fields": fields}
+    line = {"name": _access.name, **level, "msg": _Line(record)}
     _access.handle(logging.makeLogRecord(line))
+
+
+class _Line:
+    """What is logged of a request, made when a handler asks for it: as text, or as fields."""
+
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
+
+    def __str__(self) -> str:
+        record = self._record
+        stages = "".join(f" {name}={ms:g}" for name, ms in self._stages_ms().items())
+        problems = f" {','.join(record.problems)}" if record.problems else ""
+        return (
+            f"{record.method} {record.route} {record.status} in {1000 * record.seconds:.1f} ms"
+            f"{stages}{problems} {record.request_id}"
+        )
+
+    def fields(self) -> dict[str, Any]:
+        record, stages_ms = self._record, self._stages_ms()
+        fields: dict[str, Any] = {
+            "message": f"{record.method} {record.route} {record.status}",
+            "request_id": record.request_id,
+            "method": record.method,
+            "route": record.route,
+            "status": record.status,
+            "duration_ms": round(1000 * record.seconds, 2),
+            "received_bytes": record.received_bytes,
+            "sent_bytes": record.sent_bytes,
+        }
+        if record.model is not None:
+            fields["model"] = record.model
+        if record.num_images:
+            fields["num_images"] = record.num_images
+        if stages_ms:
+            fields["stages_ms"] = stages_ms
+        if record.problems:
+            fields["problems"] = record.problems
+        return fields
+
+    def _stages_ms(self) -> dict[str, float]:
+        stages = self._record.longest_stages()
+        return {name: round(1000 * seconds, 2) for name, seconds in stages.items()}

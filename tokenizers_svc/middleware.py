@@ -7,8 +7,8 @@ that nobody handled is logged here with the request id and answered by a 500 tha
 """
 
 import logging
+import os
 import re
-import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -71,4 +71,4 @@ class CommonHeaders:
 
 def _request_id(scope: Scope) -> str:
     offered = Headers(scope=scope).get("x-request-id", "")
-    return offered if _HARMLESS_ID.fullmatch(offered) else uuid.uuid4().hex
+    return offered if _HARMLESS_ID.fullmatch(offered) else os.urandom(16).hex()

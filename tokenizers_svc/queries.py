@@ -113,13 +113,19 @@ def read_query(request: Request, kind: type[Kind]) -> Kind:
 class DirectRoute(APIRoute):
     """A route whose function takes the request, its `query` and what the path says."""
 
+    async def answer(self, request: Request) -> Response:
+        """Return the answer to a request of this route.
+
+        Raises:
+            ProblemError: The request is refused.
+            ClientDisconnect: The client hung up.
+        """
+        response: Response = await self.endpoint(
+            request, query=read_query(request, self._query), **request.path_params
+        )
+        return response
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what answers a request."""
-        answer, kind = self.endpoint, typing.get_type_hints(self.endpoint)["query"]
-
-        async def handle(request: Request) -> Response:
-            query = read_query(request, kind)
-            response: Response = await answer(request, query=query, **request.path_params)
-            return response
-
-        return handle
+        """Return what FastAPI calls for an answer."""
+        self._query = typing.get_type_hints(self.endpoint)["query"]
+        return self.answer

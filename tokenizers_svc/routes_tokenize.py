@@ -36,7 +36,7 @@ from tokenizers_svc.queries import BatchQuery, TokenizeQuery, ViewQuery
 from tokenizers_svc.registry import Served
 from tokenizers_svc.schemas import FieldError
 from tokenizers_svc.service import TokenizeService, begin
-from tokenizers_svc.tokens import Key, Outcome, Picture
+from tokenizers_svc.tokens import Key, Outcome, Picture, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ async def tokenize(request: Request, query: Annotated[TokenizeQuery, Query()]) -
     note_outcomes(request, read_s, [outcome])
     headers = {
         **timing_headers(read_s, [outcome]),
-        "ETag": _etag(served, outcome.key, form),
+        "ETag": _etag(served, outcome.tokens, form),
         "Vary": "Accept",
     }
     return token_response(served, outcome.tokens, form, headers)
@@ -122,7 +122,7 @@ async def find_tokens(
         raise ProblemError(
             "not-found", "No answer is kept for this picture, model and view; send the picture."
         )
-    headers = {"ETag": _etag(served, key, form), "Vary": "Accept"}
+    headers = {"ETag": _etag(served, tokens, form), "Vary": "Accept"}
     if is_known(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return token_response(served, tokens, form, headers)
@@ -194,9 +194,9 @@ def _soft(served: Served, query: TokenizeQuery, limits: Limits) -> SoftSpec | No
         raise ProblemError("no-soft-targets", str(exc)) from exc
 
 
-def _etag(served: Served, key: Key, form: Form) -> str:
-    identity = hashlib.sha256(repr((served.name, key)).encode()).hexdigest()
-    return f'"{identity[:32]}-{form}"'
+def _etag(served: Served, tokens: Tokens, form: Form) -> str:
+    identity = repr((served.name, served.fingerprint, tokens)).encode()
+    return f'"{hashlib.sha256(identity).hexdigest()[:32]}-{form}"'
 
 
 def note_outcomes(request: Request, read_s: float, outcomes: Sequence[Outcome]) -> None:

@@ -144,15 +144,17 @@ class TokenizeService:
             ProblemError: 413, 415 or 422 for the picture, 503 when the tokenizer has gone.
             TokenizerFailedError: The tokenizer cannot take this picture.
         """
+        if not self.limits.kept_bytes:  # then equal pictures are tokenised each
+            return await self._tokenize(served, picture, soft)
         digest = await self._sha256(picture.data)
         key = Key(digest, served.fingerprint, picture.view, soft)
-        return await self.kept.get(key, lambda: self._tokenize(served, picture, key))
+        return await self.kept.get(key, lambda: self._tokenize(served, picture, soft))
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Return what `work` gives in a thread, where it holds up neither loop nor batch."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
-    async def _tokenize(self, served: Served, picture: Picture, key: Key) -> Outcome:
+    async def _tokenize(self, served: Served, picture: Picture, soft: SoftSpec | None) -> Outcome:
         rule, max_pixels = served.codebook.pixel_rule, self.limits.max_pixels
         facts: list[tuple[View, ImageFacts]] = []
 
@@ -164,16 +166,16 @@ class TokenizeService:
         try:
             # A request with less time is cancelled; without the last of them, so is this work.
             until = time.perf_counter() + self.limits.request_deadline_s
-            found = await served.batcher.tokenize(cut, key.soft, deadline=until)
+            found = await served.batcher.tokenize(cut, soft, deadline=until)
         except WorkerStoppedError:
             raise not_ready("The tokenizer has stopped.") from None
         except DeadlinePassedError:
             raise deadline_passed(self.limits.request_deadline_s) from None
         ids = np.array(found.ids, "<u2")
         self.metrics.note_ids(served.name, served.codebook, ids)
-        tokens = Tokens(ids.tobytes(), *facts[0], _soft_tokens(found.soft, key.soft))
+        tokens = Tokens(ids.tobytes(), *facts[0], _soft_tokens(found.soft, soft))
         timings = Timings(found.decode_s, found.queue_s, found.infer_s, found.batch_size)
-        return Outcome(key, tokens, timings)
+        return Outcome(tokens, timings)
 
     async def _sha256(self, data: bytes) -> str:
         if len(data) <= _HASHED_INLINE_BYTES:

@@ -59,6 +59,5 @@ class Key(NamedTuple):
 class Outcome(NamedTuple):
     """The tokens of a picture and what they cost; nothing where they were kept."""
 
-    key: Key
     tokens: Tokens
     timings: Timings | None

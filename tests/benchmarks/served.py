@@ -9,7 +9,6 @@ The accelerator takes 5 + 0.2 n ms for a batch of n, one batch at a time, and no
 decoded in front of it, here or by the peers: it is the batching that is compared.
 """
 
-import logging
 import sys
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from tests.benchmarks.accelerator import wait_for_device
+from tokenizers_svc import logs
 
 
 class Accelerator:
@@ -66,7 +66,7 @@ def serve_device() -> None:
 
 def main() -> None:
     """Serve what the arguments say until SIGTERM."""
-    logging.basicConfig(level="INFO", format="%(message)s")
+    logs.configure("json")  # as `patchcache serve` does where nobody looks on
     kind, *rest = sys.argv[1:]
     if kind == "ours":
         serve_ours(rest[0])

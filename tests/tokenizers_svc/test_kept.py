@@ -20,7 +20,7 @@ def key(name):
 
 
 def outcome(name, num_bytes=100):
-    return Outcome(key(name), Tokens(bytes(num_bytes), VIEW, ImageFacts(5, 5, "PNG")), None)
+    return Outcome(Tokens(bytes(num_bytes), VIEW, ImageFacts(5, 5, "PNG")), None)
 
 
 async def at_once(name, num_bytes=100):

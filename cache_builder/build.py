@@ -42,7 +42,8 @@ from cache_builder.formats.payloads import FeatureType
 from cache_builder.formats.plan import BuildPlan, plan_unit_name
 from cache_builder.formats.views import ViewSpec
 from cache_builder.planning import LayerSpec, settle_plan
-from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_jobs import map_units
 from cache_builder.soft_targets import soft_spec
 from cache_builder.sources import Listing, open_source
 from cache_builder.stores import Store, absolute_location, open_store

@@ -43,7 +43,7 @@ from cache_builder.formats.payloads import sum_features, sum_soft
 from cache_builder.formats.plan import plan_unit_name
 from cache_builder.formats.units import open_unit
 from cache_builder.formats.zarr_store import metadata_files
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import LOCK_NAME, Store, absolute_location, open_store
 from cache_builder.unit_checks import CheckTask, UnitChecker, UnitClaim, UnitFinding
 from cache_builder.unit_jobs import FEW_CHECKS, run_units

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cache_builder import files, pages, pictures
+from cache_builder.cache_facts import facts
 from cache_builder.cache_survey import CacheSurvey, Example
 from cache_builder.cache_table import (
     BUILD_COLUMNS,
@@ -20,7 +21,6 @@ from cache_builder.cache_table import (
     class_counts,
     class_lines,
     class_name,
-    facts,
     surveyed_text,
     tokenizer_lines,
     warnings,

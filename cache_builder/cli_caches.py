@@ -63,7 +63,7 @@ def verify(
     from cache_builder import verify as job
     from cache_builder.console import verify_lines, verify_result
     from cache_builder.progress import Steps
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
 
     with Steps("verifying", "units") as progress:
         report = job.run(
@@ -106,7 +106,7 @@ def convert(
     """
     from cache_builder import transform as job
     from cache_builder.progress import Steps
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
 
     with Steps("converting", "images") as progress:
         summary = job.convert(
@@ -143,7 +143,7 @@ def merge(
     """
     from cache_builder import transform as job
     from cache_builder.progress import Steps
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
 
     with Steps("merging", "images") as progress:
         summary = job.merge(
@@ -191,7 +191,7 @@ def subset(
     """
     from cache_builder import transform as job
     from cache_builder.progress import Steps
-    from cache_builder.ray_jobs import ClusterOptions
+    from cache_builder.ray_cluster import ClusterOptions
 
     with Steps("copying", "images") as progress:
         summary = job.subset(

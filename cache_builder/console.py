@@ -309,7 +309,7 @@ def print_appraisal(appraisal: "Appraisal", page: Path | None) -> None:
 
 def print_survey(survey: "CacheSurvey", page: Path | None) -> None:
     """Print what a cache holds as tables on stdout."""
-    from cache_builder import cache_table
+    from cache_builder import cache_facts, cache_table
 
     console = Console(markup=False, highlight=False)
     spec = survey.manifest.spec
@@ -322,7 +322,7 @@ def print_survey(survey: "CacheSurvey", page: Path | None) -> None:
     table.add_column("measure", style="bold")
     table.add_column("value", justify="right")
     table.add_column("beside", overflow="fold")
-    for fact in cache_table.facts(survey):
+    for fact in cache_facts.facts(survey):
         table.add_row(fact.name, fact.value, fact.beside)
     console.print(table)
     for number, counts in enumerate(survey.counts, 1):

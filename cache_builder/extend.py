@@ -29,7 +29,7 @@ from cache_builder.formats.manifest import (
 from cache_builder.formats.payloads import FeatureType
 from cache_builder.formats.plan import BuildPlan
 from cache_builder.planning import LayerSpec, settle_layer
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import Store, absolute_location, open_store
 
 

@@ -29,7 +29,8 @@ from cache_builder.formats.manifest import CacheManifest, CacheSpec, Layout
 from cache_builder.formats.views import Interpolation, ViewSpec
 from cache_builder.import_worker import ImportTask, ImportUnit, ImportWorker
 from cache_builder.planning import settle_plan
-from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_jobs import map_units
 from cache_builder.sources import Listing, open_source
 from cache_builder.stores import absolute_location, open_store
 from cache_builder.token_files import TokenRows, names_of, open_rows, read_keys

@@ -31,7 +31,7 @@ from cache_builder.formats.manifest import (
 from cache_builder.formats.plan import BuildPlan, PlanUnit, plan_unit_name
 from cache_builder.formats.zarr_store import create_store
 from cache_builder.origins import find_origins
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.relisting import list_again, moved_container
 from cache_builder.stores import LocalStore, read_location
 from cache_builder.unit_jobs import FEW_BUILDS, run_units

@@ -20,7 +20,7 @@ from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode
 from cache_builder.payload_checks import compare_features, compare_soft, num_near_ties
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.sources import ImageJoin
 from cache_builder.targets import TargetMaker
 from cache_builder.tokenizers import PatchTokenizer

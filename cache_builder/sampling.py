@@ -35,7 +35,8 @@ from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
 from cache_builder.points import PointSet
 from cache_builder.prefetch import read_ahead
-from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_jobs import map_units
 from cache_builder.sample_store import UnitSample
 from cache_builder.sources import Listing, image_bytes, open_source
 from cache_builder.tokenizers.features import FeatureExtractor, extract_features, load_extractor

@@ -41,7 +41,8 @@ from cache_builder.merging import (
     unite_classes,
 )
 from cache_builder.planning import LayerSpec, settle_plan
-from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_jobs import map_units
 from cache_builder.selection import Selection, choose, labels_named
 from cache_builder.stores import absolute_location, open_store
 from cache_builder.transform_worker import TransformReport, TransformTask, TransformWorker

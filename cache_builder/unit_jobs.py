@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from cache_builder.ray_jobs import ClusterOptions, UnitWorker, map_units
+from cache_builder.ray_actor import UnitWorker
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_jobs import map_units
 
 FEW_CHECKS = 16  # are done before a Ray has started
 FEW_BUILDS = 2

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from cache_builder import build, fit, verify
 from cache_builder.formats import Codebook, TokenCache, View
 from cache_builder.imaging import apply_view, decode
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions
 from tests import factories

@@ -2,9 +2,8 @@
 
 The recipe of the BEiT family (arXiv:2106.08254, its code for ImageNet): layer-wise decay of the
 learning rate, stochastic depth, Mixup, CutMix, RandAugment, random erasing and label smoothing, all
-of them timm's. The final norm of pre-training makes way for a fresh one after pooling. As in
-pre-training, everything random is a function of the step, so that a run that was stopped repeats
-the losses of an undisturbed one.
+of them timm's. The final norm of pre-training makes way for a fresh one after pooling. A step is in
+`finetune_step`; this is the loop around it: what is read, tested, logged and saved when.
 """
 
 import contextlib
@@ -13,14 +12,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from cache_builder import files
 from cache_builder.errors import ConfigError, NotFiniteError
@@ -28,14 +21,14 @@ from trainer import finetune_checkpoint as checkpoints
 from trainer import pixels, settings
 from trainer.backbones import Backbone, load_backbone
 from trainer.checkpoint import latest as latest_of_training
-from trainer.classifier import build_classifier, classifier_arguments
-from trainer.draws import derived_seed
+from trainer.classifier import classifier_arguments
 from trainer.evaluate import CentreSquares, accuracy_of, five_best
 from trainer.finetune_checkpoint import Finetuned, Header, Progress
 from trainer.finetune_config import FREE_ON_RESUME, FinetuneConfig
 from trainer.finetune_data import AugmentedBatch, AugmentedImages, batches
+from trainer.finetune_step import FinetuneState, FinetuneStepper
 from trainer.labelled import load_ahead
-from trainer.model import pick_device, uses_bf16
+from trainer.model import pick_device
 from trainer.objectives.interface import Normalise
 from trainer.run_log import LogRow, RunLog
 from trainer.session import Stopwatch, stop_request
@@ -44,7 +37,6 @@ from trainer.split import Split, open_split
 logger = logging.getLogger(__name__)
 
 _TEST_BATCH = 256
-_SEED_BITS = 32  # of numpy's generator
 
 
 class FinetuneSummary(NamedTuple):
@@ -120,7 +112,6 @@ class Finetuner:
         self._backbone = backbone
         self._split = split
         self._out_dir = out_dir
-        self._is_bf16 = uses_bf16(config.run.precision, self.device)
         batch_size = config.data.batch_size
         if len(split.places) < batch_size:
             raise ConfigError(
@@ -129,25 +120,10 @@ class Finetuner:
             )
         self._steps_per_epoch = len(split.places) // batch_size
         self._num_steps = config.run.epochs * self._steps_per_epoch
-        torch.manual_seed(config.run.seed)
-        self.model = build_classifier(backbone, split.num_classes, config).to(self.device)
-        self._optimizer = torch.optim.AdamW(
-            param_groups_layer_decay(
-                self.model,
-                config.optim.weight_decay,
-                no_weight_decay_list=self.model.no_weight_decay(),
-                layer_decay=config.optim.layer_decay,
-            ),
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=True,
-        )
-        self._ema: AveragedModel | None = None
-        if config.model.ema_decay is not None:
-            average = get_ema_multi_avg_fn(config.model.ema_decay)
-            self._ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self._mixup = _make_mixup(config, split.num_classes)
+        self._stepper = FinetuneStepper(
+            config, backbone, num_classes=split.num_classes, steps_per_epoch=self._steps_per_epoch,
+            device=self.device,
+        )  # fmt: skip
         self._data = AugmentedImages(split.train, backbone, config.data, config.run.seed)
         self.step = 0  # done
         self._losses: list[float] = []  # of the steps since the last row, checked
@@ -233,7 +209,7 @@ class Finetuner:
 
     def test(self) -> tuple[float, float]:
         """Return top-1 and top-5 accuracy on the test part."""
-        model = self.model if self._ema is None else self._ema.module
+        model = self._stepper.tested
         model.eval()
         normalise = Normalise(self._backbone.mean, self._backbone.std).to(self.device)
         squares = CentreSquares(
@@ -251,10 +227,9 @@ class Finetuner:
             if batch.pixels is None:
                 continue
             images = normalise(pixels.to_unit_range(batch.pixels, self.device))
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), self._stepper.autocast():
                 named.append(five_best(model(images)).cpu())
             labels += [wanted[key] for key in batch.keys]
-        self.model.train()
         if refused:
             logger.warning("%d test images are left out, as %s", len(refused), refused[0])
         if not named:
@@ -262,48 +237,15 @@ class Finetuner:
         return accuracy_of(torch.cat(named), torch.tensor(labels))
 
     def _take_step(self, batch: AugmentedBatch) -> None:
-        config, step = self.config, self.step
+        step = self.step
         if batch.refused:
             logger.warning(
                 "step %d: %d images cannot be decoded, as %s; others of the batch stand for them",
                 step + 1, len(batch.refused), batch.refused[0],
             )  # fmt: skip
-        rate = self._learning_rate(step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        images = batch.images.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        np.random.seed(derived_seed(config.run.seed, step, "mix") % (1 << _SEED_BITS))  # noqa: NPY002
-        torch.manual_seed(derived_seed(config.run.seed, step, "model"))
-        if self._mixup is not None:
-            images, labels = self._mixup(images, labels)
-        self.model.train()
-        self._optimizer.zero_grad()
-        with self._autocast():
-            logits = self.model(images).float()
-        if self._mixup is not None:
-            loss = SoftTargetCrossEntropy()(logits, labels)
-        else:
-            loss = cross_entropy(logits, labels, label_smoothing=config.data.label_smoothing)
-        loss.backward()
-        if config.optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
-        self._optimizer.step()
-        if self._ema is not None:
-            self._ema.update_parameters(self.model)
+        loss = self._stepper.take(step, batch)
         self.step += 1
-        self._unchecked.append((self.step, batch.keys, loss.detach()))
-
-    def _learning_rate(self, step: int) -> float:
-        optim = self.config.optim
-        warmup = round(optim.warmup_epochs * self._steps_per_epoch)
-        if step < warmup:
-            return optim.lr * step / warmup
-        share = (step - warmup) / max(1, self._num_steps - warmup)
-        return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * share)) / 2
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16)
+        self._unchecked.append((self.step, batch.keys, loss))
 
     def _check(self) -> None:
         for step, keys, loss in self._unchecked:
@@ -327,7 +269,7 @@ class Finetuner:
             step=self.step,
             epoch=(self.step - 1) // self._steps_per_epoch,
             metrics=metrics,
-            learning_rate=self._learning_rate(self.step - 1),
+            learning_rate=self._stepper.learning_rate(self.step - 1),
             images_per_s=num_steps * self.config.data.batch_size / elapsed_s,
             data_wait=waited_s / elapsed_s,
         )
@@ -349,8 +291,7 @@ class Finetuner:
             samples=self._samples,
             config=self.config.model_dump(mode="json"),
         )
-        ema = None if self._ema is None else self._ema.module.state_dict()
-        content = Finetuned(header, self.model.state_dict(), self._optimizer.state_dict(), ema)
+        content = Finetuned(header, *self._stepper.state())
         keep = self.config.run.keep_checkpoints
         self._last_saved = checkpoints.save(self._out_dir, content, keep=keep)
         logger.info("wrote %s", self._last_saved)
@@ -379,26 +320,10 @@ class Finetuner:
                 f"{path} was fine-tuned otherwise: {listed}. Go back to that, or start a new run "
                 "with another --out."
             )
-        self.model.load_state_dict(loaded.model)
-        self._optimizer.load_state_dict(loaded.optimizer)
-        if self._ema is not None and loaded.ema is not None:
-            self._ema.module.load_state_dict(loaded.ema)
-            self._ema.n_averaged.fill_(header.progress.step)
+        state = FinetuneState(loaded.model, loaded.optimizer, loaded.ema)
+        self._stepper.load(state, header.progress.step)
         self.step = header.progress.step
         self._losses = list(header.progress.unlogged)
         self._best_top1 = header.progress.best_top1
         self._last_saved = path
         logger.info("resuming from %s", path)
-
-
-def _make_mixup(config: FinetuneConfig, num_classes: int) -> Mixup | None:
-    data = config.data
-    if not data.is_mixed:
-        return None
-    return Mixup(
-        mixup_alpha=data.mixup,
-        cutmix_alpha=data.cutmix,
-        prob=data.mix_probability,
-        label_smoothing=data.label_smoothing,
-        num_classes=num_classes,
-    )

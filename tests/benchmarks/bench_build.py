@@ -45,7 +45,7 @@ from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.formats.views import View, draw_views
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.kmeans import fit_centroids
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.sources import open_source
 from cache_builder.targets import TargetMaker, Targets
 from cache_builder.tokenizers import PatchTokenizer

@@ -39,6 +39,7 @@ from cache_builder.formats.manifest import (
 )
 from cache_builder.formats.plan import BuildPlan, PlanRow, PlanUnit
 from cache_builder.planning import settle_plan
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.sources import Listing, open_source
 from cache_builder.stores import open_store
 from tests import factories
@@ -144,7 +145,7 @@ def add_scaling(table: Table, num_workers: int, seconds: float, in_flight: int =
     ray_jobs._UNITS_IN_FLIGHT = in_flight // num_workers or before
     num_flying = ray_jobs._UNITS_IN_FLIGHT * num_workers
     num_measured = 12 * num_workers if seconds else 2000
-    options = ray_jobs.ClusterOptions(num_workers=num_workers)
+    options = ClusterOptions(num_workers=num_workers)
     work = partial(SleepingWorker, seconds)
     # More units than are waited for: towards the end fewer would be in flight.
     results = ray_jobs.map_units(work, range(1_000_000), options)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cache_builder.build import _UNITS_AT_A_GPU
 from cache_builder.build_worker import BuildTask, BuildWorker
-from cache_builder.ray_jobs import ClusterOptions, map_units
+from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.ray_jobs import map_units
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.units import Target
 

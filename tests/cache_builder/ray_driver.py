@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from cache_builder import ray_cluster, ray_jobs
+from cache_builder import ray_cluster, ray_pool
 from cache_builder.cli_errors import one_line_errors
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.ray_jobs import map_units
@@ -61,7 +61,7 @@ def main(address, settings):
     # Ray looks for modules where the driver does, which on other machines finds nothing.
     sys.path.remove(os.environ["PYTHONPATH"])
     ray_cluster._HEAD_PATIENCE_S = settings["patience"]
-    ray_jobs._MAX_TRIES = settings["tries"]
+    ray_pool._MAX_TRIES = settings["tries"]
     finished = map_units(
         lambda: Waits(
             settings["seconds"], settings["poison"], settings["hungry"], settings["hurry"]

@@ -18,7 +18,7 @@ from cache_builder.formats import TokenCache, View, draw_views
 from cache_builder.formats.manifest import UnitRecord
 from cache_builder.formats.plan import BuildPlan
 from cache_builder.imaging import apply_view, decode
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import open_store
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.units import Target, build_unit

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cache_builder import build_log, cache_page, cache_survey, pictures
-from cache_builder.cache_table import facts
+from cache_builder.cache_facts import facts
 from cache_builder.errors import ConfigError
 from cache_builder.formats import TokenCache
 from tests import factories

@@ -6,7 +6,7 @@ import pytest
 from cache_builder import build, extend, units
 from cache_builder.errors import ArtifactError, ConfigError, TokenizerMismatchError
 from cache_builder.formats import TokenCache
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import open_store
 from tests import factories
 

@@ -7,7 +7,7 @@ from cache_builder import fit
 from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats import Codebook
 from cache_builder.imaging import apply_view, decode, patchify
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions
 from tests import factories

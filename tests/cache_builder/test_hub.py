@@ -13,7 +13,7 @@ from cache_builder import hub_pull, hub_push, verify
 from cache_builder.errors import ArtifactError, ConfigError, StorageError
 from cache_builder.formats import Codebook, TokenCache
 from cache_builder.hub import HubFolder
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from tests import factories
 from tests.hub_server import TOKEN, Fault, Hub
 

@@ -11,7 +11,7 @@ from cache_builder.codebook_export import export_codebook
 from cache_builder.errors import ArtifactError, ConfigError
 from cache_builder.formats import TokenCache
 from cache_builder.importing import ImportOptions
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.tokenizers import PatchTokenizer
 from tests import factories
 from tests.trainer.caches import tiny_config

@@ -13,7 +13,7 @@ from cache_builder import unit_checks
 from cache_builder.errors import ArtifactError, CacheInUseError, TokenizerMismatchError
 from cache_builder.formats.manifest import CacheManifest, UnitRecord, to_json
 from cache_builder.formats.plan import BuildPlan
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import open_store
 from cache_builder.verify import run as verify
 from tests import factories

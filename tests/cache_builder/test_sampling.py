@@ -15,7 +15,7 @@ from cache_builder.formats.manifest import SourceInfo
 from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode, patchify
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.sampling import (
     SampleOptions,
     SampleWorker,

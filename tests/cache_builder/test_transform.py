@@ -23,7 +23,7 @@ from cache_builder.formats import Codebook, TokenCache
 from cache_builder.formats.manifest import CacheManifest, UnitRecord
 from cache_builder.formats.plan import BuildPlan, PlanUnit
 from cache_builder.planning import LayerSpec, settle_layer
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.sources import open_source
 from cache_builder.stores import open_store
 from cache_builder.transform import (

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cache_builder import build
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import open_store
 from tests import factories
 

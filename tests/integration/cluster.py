@@ -50,7 +50,7 @@ class Raylets:
         for node in self._cluster.list_all_nodes():
             for raylet in node.all_processes.get("raylet", []):
                 found |= builds.children(raylet.process.pid)
-        actors = [pid for pid, command in found.items() if command.startswith("ray::_Actor")]
+        actors = [pid for pid, command in found.items() if command.startswith("ray::UnitActor")]
         idle = [pid for pid, command in found.items() if "default_worker.py" in command]
         return sorted(actors or idle)
 

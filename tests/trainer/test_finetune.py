@@ -24,6 +24,7 @@ from trainer.finetune_config import (
     parse_finetune_config,
 )
 from trainer.finetune_data import AugmentedImages, batches
+from trainer.finetune_step import FinetuneStepper
 from trainer.labelled import Place, open_labelled
 from trainer.run_log import read_rows
 
@@ -110,13 +111,15 @@ def test_it_begins_with_the_trained_weights_and_a_fresh_norm_and_head(places):
     assert not torch.equal(scratch.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 
-def test_lower_layers_learn_more_slowly_and_vectors_do_not_decay(places, tmp_path):
-    images, model = places
-    tuner = finetune.Finetuner(tiny(), load_backbone(model), finetune.open_split(images), tmp_path)
-    names = {id(p): name for name, p in tuner.model.named_parameters()}
+def test_lower_layers_learn_more_slowly_and_vectors_do_not_decay(places):
+    _, model = places
+    stepper = FinetuneStepper(
+        tiny(), load_backbone(model), num_classes=2, steps_per_epoch=4, device=torch.device("cpu")
+    )
+    names = {id(p): name for name, p in stepper.model.named_parameters()}
     found = {
         names[id(p)]: (group["lr_scale"], group["weight_decay"])
-        for group in tuner._optimizer.param_groups
+        for group in stepper.optimizer.param_groups
         for p in group["params"]
     }
     assert found["head.weight"] == (1, 0.05)

@@ -86,7 +86,7 @@ class RayHosts:
 
 
 def is_at_work(host):
-    return any(command.startswith("ray::_Actor") for command in host.processes().values())
+    return any(command.startswith("ray::UnitActor") for command in host.processes().values())
 
 
 def test_a_host_that_is_cut_off_in_mid_build_changes_no_byte_and_neither_does_its_return(

@@ -6,7 +6,8 @@ On Linux, as root; no Docker. What an image would hold is made in DIR/IMAGE and 
 run. Its entry point then runs as user 10001 without capabilities, in namespaces of its own: the
 root file system is read-only, /tmp is empty, nothing of the environment is inherited, and only
 DIR/cache and DIR/work, which stand for /cache and /work, can be written. Each image does its main
-job on pictures that are drawn here. What the builder leaves in DIR/work the others use.
+job on pictures that are drawn here. What the builder leaves in DIR/work the others use; where it
+has left nothing, that is made here without an image.
 """
 
 import argparse
@@ -20,12 +21,19 @@ import sys
 import time
 from pathlib import Path
 
+from cache_builder.formats.manifest import MANIFEST_NAME
 from tests import factories
 from tests.deploy.dockerfiles import IMAGES, ROOT, Dockerfile, context
 
 USER = 10001
 KEY = "the-key-of-this-check-alone"
 START_S = 300
+FIT = (
+    "fit", "--images", "photos", "-k", "16", "--image-size", "32", "--patch-size", "8",
+    "--iterations", "5", "--out", "photos.safetensors",
+)  # fmt: skip
+BUILD = ("build", "--images", "photos", "--codebook", "photos.safetensors", "--views", "2")
+HERE = ("--workers", "0", "--out", "cache")
 SETUP = """
 set -e
 ip link set lo up
@@ -165,9 +173,9 @@ def closed_above(path):
     return next((x for x in reversed(path.parents) if not x.stat().st_mode & 0o001), "")
 
 
-def call(*words):
+def call(*words, cwd="/"):
     done = subprocess.run(
-        list(map(str, words)), stdout=subprocess.PIPE, text=True, check=False, cwd="/"
+        list(map(str, words)), stdout=subprocess.PIPE, text=True, check=False, cwd=cwd
     )
     if done.returncode:
         sys.exit(f"`{' '.join(map(str, words[-12:]))}` ended with {done.returncode}\n{done.stdout}")
@@ -175,12 +183,10 @@ def call(*words):
 
 
 def check_builder(builder):
-    print(builder.enter("fit", "--images", "photos", "-k", "16", "--image-size", "32",
-        "--patch-size", "8", "--iterations", "5", "--out", "photos.safetensors"))  # fmt: skip
-    build = ("build", "--images", "photos", "--codebook", "photos.safetensors", "--views", "2")
-    print(builder.enter(*build, "--workers", "0", "--out", "cache"))
+    print(builder.enter(*FIT))
+    print(builder.enter(*BUILD, *HERE))
     print(builder.enter("verify", "cache"))
-    builder.enter(*build, "--workers", "1", "--out", "cache-of-ray")
+    builder.enter(*BUILD, "--workers", "1", "--out", "cache-of-ray")
     whole, of_ray = (
         {path.name: path.read_bytes() for path in (builder.work / name).rglob("*.tar")}
         for name in ("cache", "cache-of-ray")
@@ -243,15 +249,19 @@ def main():
         parser.error("it changes user and mounts file systems: run it as root")
     if unknown := set(arguments.image) - set(IMAGES):
         parser.error(f"there is no image {', '.join(unknown)}")
-    work = arguments.scratch / "work"
-    if "builder" in arguments.image:
+    scratch = arguments.scratch.absolute()
+    work = scratch / "work"
+    has_builder = "builder" in arguments.image
+    if has_builder or not (work / "cache" / MANIFEST_NAME).exists():
         shutil.rmtree(work, ignore_errors=True)
         factories.write_folder(work / "photos", factories.photo_images(12))
-    for folder in (arguments.scratch / "cache", work):
+        for words in () if has_builder else (FIT, (*BUILD, *HERE)):
+            call(sys.executable, "-m", "cache_builder", *words, cwd=work)
+    for folder in (scratch / "cache", work):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o1777)
     for image in arguments.image:
-        check_image(image, arguments.scratch, arguments.device)
+        check_image(image, scratch, arguments.device)
 
 
 if __name__ == "__main__":

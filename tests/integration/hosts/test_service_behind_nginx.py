@@ -63,6 +63,10 @@ class Replica:
     def start(self):
         self.process = self.host.start_python(self._words, self._log)
 
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(builds.TIMEOUT_S) == 0
+
     def wait_until_ready(self):
         builds.wait_for(lambda: self._get("/readyz") is not None or self.process.poll() is not None)
         assert self.process.poll() is None, self._log.read_text()
@@ -109,22 +113,12 @@ def test_no_answer_is_lost_while_replicas_are_killed_and_replaced(proxied):
     with Load(url, KEY, questions(200)) as load:
         one.wait_for_work()
         two.wait_for_work()
-        one.host.kill()
-        load.wait_for_more(100)
-        one.start()
-        one.wait_until_ready()
-        one.wait_for_work()
-        two.process.send_signal(signal.SIGTERM)
-        assert two.process.wait(builds.TIMEOUT_S) == 0
-        load.wait_for_more(100)
-        two.start()
-        two.wait_until_ready()
-        two.wait_for_work()
-        one.process.send_signal(signal.SIGTERM)
-        assert one.process.wait(builds.TIMEOUT_S) == 0
-        load.wait_for_more(100)
-        one.start()
-        one.wait_until_ready()
+        for replica, leave in ((one, one.host.kill), (two, two.stop), (one, one.stop)):
+            leave()
+            load.wait_for_more(100)
+            replica.start()
+            replica.wait_until_ready()
+            replica.wait_for_work()
     assert load.failures == []
 
 

@@ -13,6 +13,7 @@ from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.imaging import patchify
+from cache_builder.ray_jobs import ClusterOptions
 from cache_builder.sampling import held_out_keys
 from cache_builder.sources import open_source
 from cache_builder.tokenizers.features import FeatureOptions
@@ -223,9 +224,6 @@ def test_ties_of_a_large_codebook_are_looked_for_in_one_patch_in_eleven(tmp_path
     assert one.exact_tie_share > 0.9
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("stages", [1, 2])
 def test_an_appraisal_of_the_fits_own_source_finds_the_error_that_the_fit_held_out(
     tmp_path, stages
@@ -241,6 +239,7 @@ def test_an_appraisal_of_the_fits_own_source_finds_the_error_that_the_fit_held_o
             stages=stages,
             sample="all",
             seed=3,
+            cluster=ClusterOptions(num_workers=0),
         )
     )
     found = appraise(out, images)

@@ -11,6 +11,7 @@ from cache_builder import build, build_log
 from cache_builder.build_log import BuildRun, UnitWork, append, read, recording
 from cache_builder.build_worker import UnitReport
 from cache_builder.errors import SourceError
+from cache_builder.ray_jobs import ClusterOptions
 from tests import factories
 
 
@@ -53,7 +54,7 @@ def test_a_run_of_build_adds_a_line_beside_the_cache(tmp_path, codebook_path, ra
     }  # fmt: skip
     plan = factories.plan_cache(**settings)
     kept = factories.make_worker(settings["out"], plan).run(0)
-    build.run(build.BuildOptions(**settings))
+    build.run(build.BuildOptions(**settings, cluster=ClusterOptions(num_workers=1)))
     (run,) = read(str(tmp_path / "cache"))
     assert (run.outcome, run.num_units, run.num_units_kept) == ("finished", 2, 1)
     assert run.num_images == 5 - kept.num_samples

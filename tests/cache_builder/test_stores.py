@@ -179,6 +179,8 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(bucket):
 
 
 def test_a_server_that_does_not_answer_is_one_clear_error(bucket, monkeypatch):
+    monkeypatch.setattr(object_store, "_MAX_RETRIES", 1)
+    monkeypatch.setattr(object_store, "_PAUSES_S", (0.0,))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"Cannot read s3://.*Check the network, the bucket"):
         open_store(bucket).read("plan.json")

@@ -34,7 +34,7 @@ def mode(request, monkeypatch):
 
 def correlated(rng, n, dtype=np.float32, dim=D):
     """Vectors whose variance falls from dimension to dimension, in a random rotation."""
-    rotation, _ = np.linalg.qr(rng.normal(size=(dim, dim)))
+    rotation = torch.linalg.qr(torch.from_numpy(rng.normal(size=(dim, dim)))).Q.numpy()
     values = rng.normal(size=(n, dim)) * np.arange(1, dim + 1) ** -1.0 @ rotation
     if dtype == np.uint8:
         return (128 + 60 * values).clip(0, 255).astype(dtype)

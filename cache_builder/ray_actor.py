@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from cache_builder.ray_cluster import Meters, node_name
+from cache_builder.ray_cluster import Meters, node_name, use_one_thread
 
 _UnitT = TypeVar("_UnitT", contravariant=True)
 _ResultT = TypeVar("_ResultT", covariant=True)
@@ -94,11 +94,7 @@ class UnitActor:
         Not done in `__init__`: what that raises reaches the driver as the death of the actor, its
         class lost.
         """
-        import torch
-
-        # Several actors share the cores; intra-op threads would only fight over them. A worker
-        # that has several cores to itself may set another number.
-        torch.set_num_threads(1)
+        use_one_thread()  # a worker that has several cores to itself may set another number
         self._worker = self._make_worker()
         return self._kept.take()
 

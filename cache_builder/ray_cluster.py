@@ -209,6 +209,17 @@ def node_name() -> str:
     return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}"
 
 
+def use_one_thread() -> None:
+    """Let torch compute in one thread in this process, whether it is there already or comes later.
+
+    Several actors share the cores; intra-op threads would only fight over them. Importing torch for
+    that would cost a worker that needs none two seconds.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # what torch looks at when it is imported
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 @contextlib.contextmanager
 def connect(
     options: ClusterOptions,

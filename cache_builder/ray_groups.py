@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cache_builder.errors import ConfigError, WorkerLostError
-from cache_builder.ray_cluster import Cluster, ClusterOptions, connect
+from cache_builder.ray_cluster import Cluster, ClusterOptions, connect, use_one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,7 @@ class _Member:
     """An object in a process of its own."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        import torch
-
-        torch.set_num_threads(1)
+        use_one_thread()
         self._object = make()
 
     def call(self, method: str, *args: Any) -> Any:

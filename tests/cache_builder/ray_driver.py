@@ -19,21 +19,22 @@ from cache_builder.ray_jobs import map_units
 
 SETTINGS = {
     "num_units": 10, "seconds": 0.2, "workers": None, "poison": [], "patience": 20,
-    "gpus": 0, "at_once": 1, "hungry": [], "tries": 4, "hurry": "",
+    "gpus": 0, "at_once": 1, "hungry": [], "tries": 4, "hurry": "", "kernels": False,
 }  # fmt: skip
+OF_A_WORKER = ("seconds", "poison", "hungry", "hurry", "kernels")
 BITE_BYTES = 50 << 20  # of a hungry unit, where memory is short
 
 
 class Waits:
-    def __init__(self, seconds, poison, hungry, hurry):
+    def __init__(self, seconds, poison, hungry, hurry, kernels):
         self.seconds, self.poison, self.hungry = seconds, poison, hungry
         self.hurry = hurry  # a path: once something lies there, units do not wait any more
+        self.kernels = kernels  # whether to look for them, which takes torch and its seconds
 
     def run(self, unit):
         import ray
 
         import cache_builder
-        from cache_builder.tokenizers.kernels.library import kernels
 
         if unit in self.poison:
             os.kill(os.getpid(), 11)
@@ -50,10 +51,16 @@ class Waits:
             "unit": unit,
             "pid": os.getpid(),
             "package": str(Path(cache_builder.__file__).parent),
-            "has_kernels": kernels() is not None,
+            "has_kernels": self.kernels and has_kernels(),
             "gpus": ray.get_runtime_context().get_accelerator_ids()["GPU"],
             "span": (before_s, time.time()),
         }
+
+
+def has_kernels():
+    from cache_builder.tokenizers.kernels.library import kernels
+
+    return kernels() is not None
 
 
 def main(address, settings):
@@ -63,9 +70,7 @@ def main(address, settings):
     ray_cluster._HEAD_PATIENCE_S = settings["patience"]
     ray_pool._MAX_TRIES = settings["tries"]
     finished = map_units(
-        lambda: Waits(
-            settings["seconds"], settings["poison"], settings["hungry"], settings["hurry"]
-        ),
+        lambda: Waits(**{name: settings[name] for name in OF_A_WORKER}),
         range(settings["num_units"]),
         ClusterOptions(address, settings["workers"], settings["gpus"]),
         job="waiting",

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from cache_builder import fit
 from cache_builder.errors import ConfigError
 from cache_builder.ray_cluster import ClusterOptions, connect
+from cache_builder.tokenizers.features import FeatureOptions
 from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
 from tests.clusters import add_node, descendants, new_cluster, wait_for_end
@@ -26,6 +28,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("ray_driver.py")
+NOTICE = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+"""A lost node is noticed within two seconds, not within fifteen."""
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +46,7 @@ def cluster():
         include_dashboard=True,
         dashboard_port=free_port(),
         dashboard_agent_listen_port=free_port(),
-        _system_config={
-            "metrics_report_interval_ms": 1000,
-            "health_check_initial_delay_ms": 0,
-            "health_check_period_ms": 500,
-            "health_check_failure_threshold": 4,
-        },
+        _system_config=NOTICE | {"metrics_report_interval_ms": 1000},
     )
     for _ in range(2):
         add_node(cluster, num_cpus=1)
@@ -118,13 +121,13 @@ def test_a_fit_spread_over_raylets_gives_the_bytes_of_a_fit_on_one_machine(
     tmp_path, cluster_address
 ):
     images = factories.write_folder(tmp_path / "photos", factories.photo_images(30))
-    settings = ("--images", images, "-k", 24, "--image-size", 32, "--patch-size", 4)
     one, many = tmp_path / "one.safetensors", tmp_path / "many.safetensors"
-    local = patchcache("fit", *settings, "--out", one)
-    assert local.returncode == 0, local.stderr
+    features = FeatureOptions("pixel", image_size=32, patch_size=4)
+    fit.run(fit.FitOptions(str(images), one, 24, features, cluster=ClusterOptions(num_workers=0)))
     spread = patchcache(
-        "fit", *settings, "--out", many, "--ray-address", cluster_address, "--fit-workers", 3
-    )
+        "fit", "--images", images, "-k", 24, "--image-size", 32, "--patch-size", 4, "--out", many,
+        "--ray-address", cluster_address, "--fit-workers", 3,
+    )  # fmt: skip
     assert spread.returncode == 0, spread.stderr
     assert many.read_bytes() == one.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -136,7 +139,7 @@ def test_nodes_get_the_package_with_its_kernels_and_each_warning_is_told_once(
     cluster_address, tmp_path
 ):
     hurry = tmp_path / "hurry"
-    job = Job(cluster_address, num_units=900, seconds=0.5, hurry=str(hurry))
+    job = Job(cluster_address, num_units=900, seconds=0.5, hurry=str(hurry), kernels=True)
     try:
         job.wait_until(lambda: len(job.nodes) == 3)
         hurry.touch()
@@ -365,7 +368,7 @@ def test_an_address_that_a_driver_cannot_join_is_refused_by_name(tmp_path, codeb
 
 @pytest.mark.parametrize("process", ["gcs_server", "raylet"])
 def test_a_head_node_that_is_gone_is_one_line(process):
-    cluster = new_cluster(num_cpus=1, include_dashboard=False)
+    cluster = new_cluster(num_cpus=1, include_dashboard=False, _system_config=NOTICE)
     address = cluster.address
     job = Job(address, num_units=1000, patience=3)
     try:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA ?=
-# The tests on two processes: one for those that start clusters, one for the others (conftest.py).
+# The tests on two processes: one begins with clusters, one with the others (conftest.py).
 # A test that fails runs up to twice more: clusters of real processes share the machine with the others.
 PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 --reruns-delay 5
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)

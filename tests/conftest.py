@@ -34,29 +34,35 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Say which tests a worker of pytest-xdist takes together, and let the longest part begin.
+    """Say which tests a worker of pytest-xdist takes together, and in which order.
 
     Clusters of real processes run one after the other, in one worker, while the other workers run
-    the rest. Of the rest a file stays together: what its fixtures make is made once.
+    the rest. Of the rest a file stays together: what its fixtures make is made once. What needs no
+    more than the one Ray of its process comes last: whichever worker is free takes it.
     """
-    items.sort(key=lambda item: not starts_a_cluster(item))
+    parts = {item: part_of(item) for item in items}
+    items.sort(key=parts.__getitem__)
     if getattr(config.option, "loadgroup", False):
-        for item in items:
-            group = CLUSTERS if starts_a_cluster(item) else item.nodeid.partition("::")[0]
+        for item, part in parts.items():
+            file = item.nodeid.partition("::")[0]
+            group = {0: CLUSTERS, 1: file, 2: f"{file} at the end"}[part]
             # What the marker `xdist_group` would do, which pytest 9.2 and pytest-xdist 3.8 lost.
             item._id = NodeId.parse(f"{item.nodeid}@{group}")
 
 
-def starts_a_cluster(item):
+def part_of(item):
+    """Return 0 for tests of clusters of their own, 2 for those of `ray_cluster`, 1 for the rest."""
+    if "ray_cluster" in item.fixturenames:
+        return 2
     is_marked = item.get_closest_marker("ray") or item.get_closest_marker("cluster")
-    return bool(is_marked or ROOT / "tests/integration" in item.path.parents)
+    return 0 if is_marked or ROOT / "tests/integration" in item.path.parents else 1
 
 
 def pytest_runtest_protocol(item):
     """Let clusters, whose processes must start within seconds, go before the other tests."""
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     if is_worker and item.config.stash.setdefault(FIRST, item) is item:
-        os.nice(0 if starts_a_cluster(item) else 10)
+        os.nice(10 if part_of(item) else 0)
 
 
 def pytest_runtest_setup(item):

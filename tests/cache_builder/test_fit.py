@@ -38,10 +38,10 @@ def test_k_colours_are_found_and_the_file_does_not_depend_on_the_workers(tmp_pat
         lambda done, total: told.append((done, total)), lambda *step: iterations.append(step)
     )
     summary = fit.run(
-        options(images, tmp_path / "one.safetensors", cluster=ClusterOptions(num_workers=1)),
+        options(images, tmp_path / "two.safetensors", cluster=ClusterOptions(num_workers=2)),
         progress,
     )
-    fit.run(options(images, tmp_path / "two.safetensors", cluster=ClusterOptions(num_workers=2)))
+    fit.run(options(images, tmp_path / "one.safetensors"))
     one, two = (tmp_path / f"{name}.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     codebook = Codebook.load(one)

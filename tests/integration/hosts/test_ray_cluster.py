@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from cache_builder import build_log
+from cache_builder.ray_cluster import start_patiently
 from cache_builder.stores import open_store
 from tests.integration import builds
 from tests.integration.hosts import storage
@@ -28,6 +29,8 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    # The machine may be busy.
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "120",
     # Long enough for a host that is cut off to be there still when the build has ended.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
@@ -68,13 +71,16 @@ class RayHosts:
     def _start(self, host, *words):
         place = ["--node-ip-address", host.address, "--num-cpus", 1]
         size = ["--object-store-memory", 100_000_000, "--disable-usage-stats", "--block"]
-        process = host.start_python(
-            [*RAY, "start", *words, *place, *size], self._folder / f"{host.name}.log"
-        )
-        builds.wait_for(
-            lambda: "Ray runtime started" in self.log(host) or process.poll() is not None
-        )
-        assert process.poll() is None, self.log(host)
+        command = [*RAY, "start", *words, *place, *size]
+
+        def start():
+            process = host.start_python(command, self._folder / f"{host.name}.log")
+            builds.wait_for(
+                lambda: "Ray runtime started" in self.log(host) or process.poll() is not None
+            )
+            assert process.poll() is None, self.log(host)
+
+        start_patiently(start, host.kill)
 
     def _alive(self):
         """Return the addresses of nodes that the head believes to be there."""

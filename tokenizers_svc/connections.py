@@ -47,6 +47,7 @@ from tokenizers_svc.problems import ProblemError, problem_response
 _MAX_SEND_TIMES: Final = 10
 _MAX_AHEAD: Final = 32
 _LEAVING_S: Final = 0.5
+_PIECE_BYTES: Final = 262_144
 
 Idle = dict["BoundedProtocol", None]  # in the order in which they became so
 
@@ -74,6 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._part: Literal["none", "head", "body"] = "none"  # of a request, that arrives now
         self._num_loose_bytes = 0  # since the last head, line or piece of a body ended
         self._has_content = False  # a byte of this body has arrived
+        self._has_length = False  # the head says how long this body is
         self._num_unwanted_bytes = 0  # of a body that nobody reads
         self._num_unparsed_bytes = 0  # of a body that the parser passes over
 
@@ -145,6 +147,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) == _MAX_AHEAD:
             raise no_http(f"At most {_MAX_AHEAD} requests wait on one connection.")
         check_head(self.parser.get_http_version(), self.url, self.headers)
+        self._has_length = any(name == b"content-length" for name, _ in self.headers)
         if self.parser.should_upgrade():
             self._num_unparsed_bytes = _length_of(self.headers)
         super().on_headers_complete()
@@ -166,13 +169,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_loose_bytes = 0
 
     def on_body(self, body: bytes) -> None:
-        """Pass a piece of a body on, or count it if nobody wants it."""
+        """Pass a piece of a body on, or count it if nobody wants it.
+
+        A picture comes in two or three pieces. Whoever waits for it is woken once, by the last one,
+        where its length was counted when it was let in; pieces of other bodies are to be counted as
+        they come.
+        """
         self._num_loose_bytes = 0
         self._has_content = True
         if self.cycle.response_complete:
             self._num_unwanted_bytes += len(body)
             if self._num_unwanted_bytes > self._limits.max_batch_body_bytes:
                 self.abort()
+        elif self._has_length and len(self.cycle.body) + len(body) < _PIECE_BYTES:
+            self.cycle.body += body
+            return
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -112,7 +112,7 @@ class Upload:
                 raise
             raise ProblemError(
                 "body-timeout",
-                f"The body has to arrive within {most_s:g} s; {self._num_bytes:,} bytes of it did.",
+                f"The body has to arrive within {most_s:g} s, and did not.",
                 limit=most_s,
                 headers={"Connection": "close"},
             ) from None

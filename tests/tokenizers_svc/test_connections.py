@@ -7,9 +7,11 @@ import struct
 import threading
 
 import pytest
+import uvicorn
 
 from tests.tokenizers_svc.sockets import (
     HEAD,
+    POST,
     WHOLE,
     can_connect,
     check_refusal,
@@ -31,6 +33,7 @@ from tests.tokenizers_svc.support import (
 )
 from tokenizers_svc import connections
 from tokenizers_svc.app import create_app
+from tokenizers_svc.connections import bounded_config
 from tokenizers_svc.limits import Limits
 
 BODY = jpeg()
@@ -64,6 +67,51 @@ def patient():
 
 def check_service(client):
     assert post(client, BODY).json()["token_ids"] == expected_ids(BODY)
+
+
+@contextlib.contextmanager
+def pieces_received():
+    """A service that only listens; gives the sizes in which bodies came to it."""
+    sizes = []
+
+    async def app(scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            more = message.get("more_body", False)
+            sizes.append(len(message.get("body", b"")))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    config = bounded_config(app, Limits().resolved(on_cpu=True, num_cores=1), lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield socket.create_connection(listener.getsockname()), sizes
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.mark.parametrize(("num_bytes", "num_pieces"), [(150_000, 1), (1_000_000, 4)])
+def test_a_body_with_a_length_comes_in_as_few_pieces_as_it_may(num_bytes, num_pieces):
+    with pieces_received() as (connection, sizes), connection:
+        connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % num_bytes)
+        for _ in range(num_bytes // 10_000):
+            connection.sendall(bytes(10_000))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 204 ")
+    assert sum(sizes) == num_bytes
+    assert len(sizes) <= num_pieces
+
+
+def test_a_body_in_chunks_is_passed_on_as_it_comes():
+    with pieces_received() as (connection, sizes), connection:
+        connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        wait_until(lambda: sizes == [1])
+        connection.sendall(b"0\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 204 ")
 
 
 def test_a_connection_that_says_nothing_is_closed(hasty):

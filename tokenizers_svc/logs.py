@@ -5,6 +5,8 @@ one line for each request except probes and metrics, made from the request's rec
 holds nothing that a client wrote: no body, no key, no header, no path.
 """
 
+import asyncio
+import contextlib
 import json
 import logging
 import sys
@@ -17,6 +19,7 @@ LogFormat = Literal["auto", "text", "json"]
 
 _access: Final = logging.getLogger("patchcache.access")
 _QUIET_ROUTES: Final = {"/healthz", "/readyz", "/metrics"}
+_FLUSH_S: Final = 0.05
 _encode: Final = json.JSONEncoder(default=str).encode
 _CHATTY: Final = ("ray", "httpx", "httpcore", "PIL", "asyncio", "uvicorn", "opentelemetry")
 
@@ -33,7 +36,7 @@ def configure(
     """
     stream = sys.stderr if stream is None else stream
     is_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
-    handler = logging.StreamHandler(stream)
+    handler = LineHandler(stream)
     handler.setFormatter(JsonFormatter() if is_json else logging.Formatter("%(message)s"))
     root = logging.getLogger()
     for known in root.handlers[:]:
@@ -44,6 +47,52 @@ def configure(
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """A stream that gets the lines of an event loop several at a time.
+
+    A write lets other threads have the interpreter, and the loop then has to wait for it behind
+    those that decode: at every line, it would be the longest part of a request. Warnings, and lines
+    of other threads, are written at once.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Begin with nothing to write."""
+        super().__init__(stream)
+        self._lines: list[str] = []
+        self._due_in: asyncio.AbstractEventLoop | None = None  # who is to write them
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or let it be written within a twentieth of a second."""
+        try:
+            self._lines.append(self.format(record) + self.terminator)
+        except Exception:  # noqa: BLE001 - logging itself tells of a line that cannot be made
+            self.handleError(record)
+        loop = _running_loop()
+        if loop is None or record.levelno > logging.INFO:
+            self.flush()
+        elif loop is not self._due_in:
+            self._due_in = loop
+            loop.call_later(_FLUSH_S, self.flush)
+
+    def flush(self) -> None:
+        """Write what there is."""
+        with self.lock or contextlib.nullcontext():
+            text = "".join(self._lines)
+            self._lines.clear()
+            self._due_in = None
+            # Nobody can be told that nobody reads any more, or that the disk is full.
+            with contextlib.suppress(OSError, ValueError):
+                self.stream.write(text)
+                super().flush()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class JsonFormatter(logging.Formatter):

@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 
 from cache_builder.errors import ConfigError
-from tests.tokenizers_svc.support import make_codebook
+from tests.tokenizers_svc.support import make_codebook, wait_until
 from tokenizers_svc import logs, tracing
 from tokenizers_svc.batch_reports import BatchReport
 from tokenizers_svc.health import ModelState, ServiceState, Watchdog
@@ -223,10 +223,17 @@ def log_stream():
     root.handlers[:], root.level = handlers, level
 
 
+def written(stream):
+    """What a stream holds once the handlers have written what they have."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    return stream.getvalue()
+
+
 def test_the_access_log_is_json_with_the_stages_of_the_request(log_stream):
     logs.configure("json", stream=log_stream)
     ask(make_app(logs.log_request), "POST", "/v1/models/x", content=b"12345")
-    (line,) = map(json.loads, log_stream.getvalue().splitlines())
+    (line,) = map(json.loads, written(log_stream).splitlines())
     assert line["level"] == "info"
     assert line["logger"] == "patchcache.access"
     assert line["request_id"] == "r-1"
@@ -239,9 +246,34 @@ def test_the_access_log_is_json_with_the_stages_of_the_request(log_stream):
 def test_the_text_log_is_a_line_a_person_reads(log_stream):
     logs.configure("text", stream=log_stream)
     ask(make_app(logs.log_request), "POST", "/v1/models/x")
-    line = log_stream.getvalue()
+    line = written(log_stream)
     assert line.startswith("POST /v1/models/{name} 200 in ")
     assert line.endswith("read=1 decode=2 queue=300 infer=40 r-1\n")
+
+
+def test_lines_of_an_event_loop_are_written_together_and_soon(log_stream):
+    logs.configure("text", stream=log_stream)
+    logger = logging.getLogger("any")
+
+    async def work():
+        logger.info("one")
+        logger.info("two")
+        assert log_stream.getvalue() == ""
+        await asyncio.to_thread(wait_until, lambda: log_stream.getvalue() == "one\ntwo\n")
+        logger.info("three")
+        logger.warning("four")
+        assert log_stream.getvalue().endswith("three\nfour\n")
+        logger.info("five")
+
+    asyncio.run(work())
+    logger.info("six")  # the loop that was to write the line before has ended
+    assert log_stream.getvalue().endswith("five\nsix\n")
+
+
+def test_a_log_that_nobody_reads_any_more_disturbs_nobody(log_stream):
+    logs.configure("text", stream=log_stream)
+    log_stream.close()
+    logging.getLogger("any").warning("to whom?")
 
 
 def test_a_pipe_gets_json_and_a_terminal_text(log_stream):
@@ -280,10 +312,10 @@ def test_no_key_no_body_and_no_path_of_a_client_is_logged(log_stream):
     ask(app, "POST", "/v1/models/hush-path?token=hush-query", content=b"hush-body", headers=headers)
     ask(app, "GET", f"/hush-path/{KEY}", headers=headers)
     ask(app, "GET", "/broken", headers=headers)
-    lines = [json.loads(line) for line in log_stream.getvalue().splitlines()]
+    lines = [json.loads(line) for line in written(log_stream).splitlines()]
     assert [line["status"] for line in lines if "status" in line] == [200, 404, 500]
-    assert "hush" not in log_stream.getvalue()
-    assert KEY not in log_stream.getvalue()
+    assert "hush" not in written(log_stream)
+    assert KEY not in written(log_stream)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ batch; token ids of the first stage are kept, two bytes per patch, and the rest 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from cache_builder.quality import (
     psnr,
     usage,
 )
+from cache_builder.reporting import Progress
 from cache_builder.sampling import held_out_keys, smallest
 from cache_builder.sources import Listing, Source, image_bytes, open_source
 from cache_builder.tokenizers import PatchTokenizer
@@ -43,8 +44,6 @@ _SEED = 0  # of the choice of images and of the shuffles
 _IMAGES_PER_BATCH = 16
 _MOST_FOR_ALL_TIES = 1024  # centroids
 _TIE_STRIDE = 11
-
-Progress = Callable[[int, int], None]
 
 
 class AppraisalOptions(NamedTuple):

@@ -5,7 +5,7 @@ only if it is the one that follows from the files that it names.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -44,12 +44,10 @@ from cache_builder.formats.plan import plan_unit_name
 from cache_builder.formats.units import open_unit
 from cache_builder.formats.zarr_store import metadata_files
 from cache_builder.ray_cluster import ClusterOptions
+from cache_builder.reporting import Progress
 from cache_builder.stores import LOCK_NAME, Store, absolute_location, open_store
 from cache_builder.unit_checks import CheckTask, UnitChecker, UnitClaim, UnitFinding
 from cache_builder.unit_jobs import FEW_CHECKS, run_units
-
-Progress = Callable[[int, int], None]
-"""Called with the number of units checked and of all units."""
 
 
 class Conclusion(NamedTuple):

@@ -13,7 +13,6 @@ import heapq
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +25,7 @@ from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.columns import NO_LABEL, ShardColumns
 from cache_builder.formats.manifest import SKIPPED_NAME, CacheManifest, SkippedSample
 from cache_builder.quality import Agreement, mean_agreement, neighbour_agreement
-
-Progress = Callable[[int, int], None]
-"""Called after every shard with the images seen and those to see."""
+from cache_builder.reporting import Progress
 
 _MAX_SKIPPED = 50
 _COVER_CELLS = 16  # per side, to measure what views show together

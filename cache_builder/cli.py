@@ -198,7 +198,7 @@ def fit(
                 cluster=ClusterOptions(ray_address, workers, gpus_per_worker, cpus_per_worker),
                 fit_workers=fit_workers,
             ),
-            job.Progress(progress.sampled, progress.iterated),
+            job.FitReports(progress.sampled, progress.iterated),
         )
     if as_json:
         from cache_builder.inspection import describe_codebook

@@ -32,6 +32,7 @@ from cache_builder.points import PointSet
 from cache_builder.quality import Usage, psnr, usage
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.ray_groups import actor_group
+from cache_builder.reporting import Progress
 from cache_builder.sampling import Sample, SampleDtype, SampleOptions, draw_sample
 from cache_builder.sources import Listing, open_source
 from cache_builder.targets import fidelity
@@ -88,14 +89,14 @@ class FitSummary(NamedTuple):
     sample_dir: Path | None  # where the sample was kept
 
 
-class Progress(NamedTuple):
+class FitReports(NamedTuple):
     """Whom to tell: of sampled images (done, all), of iterations (number, objective)."""
 
-    sampled: Callable[[int, int], None]
+    sampled: Progress
     iterated: Callable[[int, float], None]
 
 
-def run(options: FitOptions, progress: Progress | None = None) -> FitSummary:
+def run(options: FitOptions, progress: FitReports | None = None) -> FitSummary:
     """Sample patches, fit the centroids, measure them and write the codebook.
 
     Raises:
@@ -195,7 +196,7 @@ def _fit_stages(
     points: PointSet,
     device: torch.device,
     warm_start: Tensor | None,
-    progress: Progress | None,
+    progress: FitReports | None,
 ) -> list[Fit]:
     fits: list[Fit] = []
     with _sharded(options, points, device) as shards:

@@ -7,7 +7,7 @@ follows from other files against those.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +26,11 @@ from cache_builder.formats.manifest import (
 from cache_builder.formats.plan import BuildPlan
 from cache_builder.hub import HubFolder, RemoteFile
 from cache_builder.hub_files import CacheFiles, derived_damage, files_below, is_on_hub
+from cache_builder.reporting import Progress
 from cache_builder.stores import LOCK_NAME, LocalStore
 
 _ARRIVALS = ".arrivals"  # beside the files of a cache, or beside a codebook
 _THREADS = 8
-
-Progress = Callable[[int, int], None]
-"""Called with the number of files that are done and of all."""
 
 
 class PullSummary(NamedTuple):

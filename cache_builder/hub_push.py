@@ -6,7 +6,7 @@ cache without it is unfinished there as it is here. Every file is digested befor
 damage is refused.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,11 @@ from cache_builder.formats.plan import BuildPlan
 from cache_builder.hub import HubFolder, RemoteFile
 from cache_builder.hub_card import CARD_NAME, cache_card, codebook_card, is_ours
 from cache_builder.hub_files import files_below, git_blob, is_on_hub
+from cache_builder.reporting import Progress
 from cache_builder.stores import LocalStore, Store
 
 _COMMIT_FILES = 200
 _COMMIT_BYTES = 2 << 30
-
-Progress = Callable[[int, int], None]
-"""Called with the number of files that are done and of all."""
 
 
 class PushSummary(NamedTuple):

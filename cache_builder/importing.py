@@ -12,7 +12,7 @@ squares, or the crop settings that 4M's token saver writes beside its tokens.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,6 +31,7 @@ from cache_builder.import_worker import ImportTask, ImportUnit, ImportWorker
 from cache_builder.planning import settle_plan
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.ray_jobs import map_units
+from cache_builder.reporting import Progress
 from cache_builder.sources import Listing, open_source
 from cache_builder.stores import absolute_location, open_store
 from cache_builder.token_files import TokenRows, names_of, open_rows, read_keys
@@ -65,10 +66,6 @@ class ImportSummary(NamedTuple):
 
     manifest: CacheManifest
     num_units_kept: int
-
-
-Progress = Callable[[int, int], None]
-"""Called with the number of images that are done and of all."""
 
 
 def run(options: ImportOptions, progress: Progress | None = None) -> ImportSummary:

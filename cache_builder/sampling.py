@@ -14,7 +14,7 @@ import heapq
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -37,6 +37,7 @@ from cache_builder.points import PointSet
 from cache_builder.prefetch import read_ahead
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.ray_jobs import map_units
+from cache_builder.reporting import Progress
 from cache_builder.sample_store import UnitSample
 from cache_builder.sources import Listing, image_bytes, open_source
 from cache_builder.tokenizers.features import FeatureExtractor, extract_features, load_extractor
@@ -146,7 +147,7 @@ def draw_sample(
     store: Path,
     *,
     replace: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Sample:
     """Extract the features of the chosen patches into `store`, or what of them is missing there.
 

@@ -11,7 +11,7 @@ the first ones in the output; further tokenizers have a layer each.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ from cache_builder.merging import (
 from cache_builder.planning import LayerSpec, settle_plan
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.ray_jobs import map_units
+from cache_builder.reporting import Progress
 from cache_builder.selection import Selection, choose, labels_named
 from cache_builder.stores import absolute_location, open_store
 from cache_builder.transform_worker import TransformReport, TransformTask, TransformWorker
@@ -90,10 +91,6 @@ class TransformSummary(NamedTuple):
     manifest: CacheManifest
     num_units_kept: int
     num_relabelled: int = 0  # caches of a merge some of whose labels are others now
-
-
-Progress = Callable[[int, int], None]
-"""Called with the number of samples that are done and of all."""
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> TransformSummary:

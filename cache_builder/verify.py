@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cache_builder.cache_check import CacheCheck, Progress
+from cache_builder.cache_check import CacheCheck
 from cache_builder.commit import holder
 from cache_builder.damage import Damage
 from cache_builder.formats.cache import TokenCache
 from cache_builder.formats.manifest import MANIFEST_NAME, PLAN_NAME, CacheManifest
 from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.repair import RepairOptions, RepairOutcome, repair_cache
+from cache_builder.reporting import Progress
 from cache_builder.retokenize import Retokenized, RetokenizeTask, retokenize_sample
 from cache_builder.stores import Store, open_store
 

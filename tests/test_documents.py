@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from cache_builder.cli import app
+from tests.places import ROOT
 from tests.tokenizers_svc.support import jpeg, make_tokenizer, serving
 from tokenizers_svc.app import create_app
-
-ROOT = Path(__file__).parent.parent
 
 
 def code_blocks(path, language):

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from tests import factories
-from tests.test_documents import ROOT, code_blocks
+from tests.places import ROOT
+from tests.test_documents import code_blocks
 
 PAGE = ROOT / "docs" / "interoperation.md"
 

@@ -19,8 +19,8 @@ from packaging.utils import canonicalize_name
 from cache_builder import __version__
 from cache_builder.requirements import demands, extras, requirements_of
 from cache_builder.tokenizers.kernels.build import LIBRARY
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("cache_builder", "tokenizers_svc", "trainer")
 KERNEL = LIBRARY.relative_to(ROOT).as_posix()
 

@@ -16,7 +16,7 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,27 +24,29 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder import build, files, ray_jobs
+from cache_builder import build, ray_jobs
 from cache_builder.build_worker import UnitReport
 from cache_builder.commit import summarise, write_manifest
 from cache_builder.formats.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
-    FileDigest,
-    SampleEntry,
-    SourceInfo,
-    UnitRecord,
     read_model,
     to_json,
 )
-from cache_builder.formats.plan import BuildPlan, PlanRow, PlanUnit
+from cache_builder.formats.plan import BuildPlan
 from cache_builder.planning import settle_plan
 from cache_builder.ray_cluster import ClusterOptions
-from cache_builder.sources import Listing, open_source
+from cache_builder.sources import open_source
 from cache_builder.stores import open_store
 from tests import factories
+from tests.benchmarks.made_up_samples import (
+    UNIT_SIZE,
+    synthetic_listing,
+    synthetic_record,
+    write_empty_files,
+    write_small_tar,
+)
 
-UNIT_SIZE = 1024
 SLEEP_S = 0.5
 NUM_RAYLETS = 4
 
@@ -365,60 +367,6 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.3g} TB"
-
-
-def write_empty_files(folder: Path, num_files: int) -> Path:
-    """Make an ImageFolder of a thousand classes; listing does not look into the files."""
-    for number in range(num_files):
-        place = folder / f"n{number % 1000:08d}"
-        if number < 1000:
-            place.mkdir(parents=True)
-        (place / f"n{number % 1000:08d}_{number}.JPEG").touch()
-    return folder
-
-
-def write_small_tar(path: Path, num_samples: int) -> Path:
-    """Write samples of three members, as WebDataset has them."""
-    members = (
-        (f"{number:09d}.{extension}", data)
-        for number in range(num_samples)
-        for extension, data in (("cls", b"7"), ("jpg", bytes(20_000)), ("json", b"{}"))
-    )
-    return factories.write_tar(path, members)
-
-
-def rows(unit: int) -> Iterator[PlanRow]:
-    """Yield made-up rows of one unit, named as those of ImageNet."""
-    for number in range(unit * UNIT_SIZE, (unit + 1) * UNIT_SIZE):
-        key = f"n{number % 1000:08d}/n{number % 1000:08d}_{number}"
-        yield PlanRow(key=key, source=f"{key}.JPEG", label=number % 1000)
-
-
-def synthetic_listing(num_units: int) -> Listing:
-    """Return a listing of images that are nowhere."""
-    units = [PlanUnit(unit=unit, rows=tuple(rows(unit))) for unit in range(num_units)]
-    info = SourceInfo(kind="folder", location="/made-up", num_samples=num_units * UNIT_SIZE)
-    names = tuple(f"n{label:08d}" for label in range(1000))
-    return Listing(info, units, names, UNIT_SIZE)
-
-
-def synthetic_record(unit: int) -> UnitRecord:
-    """Return the commit record of a unit with images, as the WebDataset layout has it."""
-    digest = files.sha256_bytes(str(unit).encode())
-    entries = []
-    for number, row in enumerate(rows(unit)):
-        start = number * 120_000
-        members = {
-            "jpg": (start + 512, 110_000), "json": (start + 111_512, 90),
-            "tokens.npy": (start + 112_536, 1_696), "views.npy": (start + 115_096, 208),
-        }  # fmt: skip
-        entries.append(SampleEntry(key=row.key, members=members))
-    return UnitRecord(
-        unit=unit,
-        num_samples=UNIT_SIZE,
-        files=(FileDigest(path=f"shards/{unit:06d}.tar", bytes=123_000_000, sha256=digest),),
-        samples=tuple(entries),
-    )
 
 
 if __name__ == "__main__":

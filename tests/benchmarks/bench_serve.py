@@ -51,11 +51,10 @@ from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 from tests import factories
-from tests.places import DATA
+from tests.places import DATA, ROOT
 from tests.servers import free_port
 from tokenizers_svc.limits import Limits
 
-ROOT = Path(__file__).parents[2]
 K = 8192
 NUM_PHOTOS = 120
 NUM_CORES = len(os.sched_getaffinity(0))

@@ -4,17 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests import factories
 from tests.autoscaling import ADDED, configuration
 from tests.clusters import descendants, kill_all, new_cluster, wait_until
+from tests.places import ROOT
 from tests.servers import free_port
 
 pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[2]
 NUM_UNITS = 8
 IDLE_S = 6  # after which a node leaves
 

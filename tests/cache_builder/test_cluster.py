@@ -1,13 +1,11 @@
 """Commands on a Ray cluster of several raylets do what they do on one machine."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from itertools import pairwise
@@ -21,13 +19,13 @@ from cache_builder.ray_cluster import ClusterOptions, connect
 from cache_builder.tokenizers.features import FeatureOptions
 from cache_builder.tokenizers.kernels.build import LIBRARY
 from tests import factories
+from tests.cache_builder.cluster_jobs import Job, patchcache
 from tests.clusters import add_node, descendants, new_cluster, wait_for_end
+from tests.places import ROOT
 from tests.servers import FileServer, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).resolve().parents[2]
-DRIVER = Path(__file__).with_name("ray_driver.py")
 NOTICE = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
@@ -59,62 +57,6 @@ def cluster():
 @pytest.fixture(scope="module")
 def cluster_address(cluster):
     return cluster.address
-
-
-class Job:
-    """`ray_driver` as a process, and what it has said so far."""
-
-    def __init__(self, address, **settings):
-        self.process = subprocess.Popen(
-            [sys.executable, DRIVER, address, json.dumps(settings)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/",
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.finished, self.err = [], []
-        self._threads = [
-            threading.Thread(target=self._read, args=(self.process.stdout, self._take)),
-            threading.Thread(target=self._read, args=(self.process.stderr, self.err.append)),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _read(self, stream, take):
-        with stream:
-            for line in stream:
-                take(line)
-
-    def _take(self, line):
-        self.finished.append(json.loads(line))
-
-    def wait_until(self, condition, timeout_s=120):
-        started_s = time.monotonic()
-        while not condition():
-            assert self.process.poll() is None, self.err
-            assert time.monotonic() - started_s < timeout_s, (self.finished, self.err)
-            time.sleep(0.05)
-
-    def end(self, timeout_s=120):
-        """Wait for the end; return the exit status and what was said on stderr."""
-        status = self.process.wait(timeout_s)
-        for thread in self._threads:
-            thread.join()
-        return status, "".join(self.err)
-
-    @property
-    def nodes(self):
-        return {line["node"] for line in self.finished}
-
-    @property
-    def units(self):
-        return sorted(line["unit"] for line in self.finished)
-
-
-def patchcache(*words, environment=None):
-    command = [sys.executable, "-m", "cache_builder.cli", *map(str, words)]
-    return subprocess.run(
-        command, env={**os.environ, **(environment or {})}, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
 
 
 def test_a_fit_spread_over_raylets_gives_the_bytes_of_a_fit_on_one_machine(

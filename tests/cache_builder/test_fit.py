@@ -34,7 +34,7 @@ def options(images, out, **changes):
 @pytest.mark.usefixtures("ray_cluster")
 def test_k_colours_are_found_and_the_file_does_not_depend_on_the_workers(tmp_path, images):
     told, iterations = [], []
-    progress = fit.Progress(
+    progress = fit.FitReports(
         lambda done, total: told.append((done, total)), lambda *step: iterations.append(step)
     )
     summary = fit.run(

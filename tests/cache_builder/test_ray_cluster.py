@@ -1,3 +1,5 @@
+"""A node that is too slow to start is started again, and nothing else is."""
+
 import pytest
 
 from cache_builder.ray_cluster import start_patiently

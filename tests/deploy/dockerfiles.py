@@ -3,13 +3,13 @@
 import io
 import json
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 from docker.utils.build import exclude_paths
 from dockerfile_parse import DockerfileParser
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 IMAGES = ("builder", "service", "trainer")
 
 

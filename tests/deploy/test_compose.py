@@ -13,7 +13,8 @@ import typer
 import yaml
 
 from cache_builder.cli import app
-from tests.deploy.dockerfiles import ROOT, Dockerfile
+from tests.deploy.dockerfiles import Dockerfile
+from tests.places import ROOT
 from tokenizers_svc.access import Access, AccessOptions
 from tokenizers_svc.options import read_limits
 

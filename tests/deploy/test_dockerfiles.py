@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cache_builder import __version__
-from tests.deploy.dockerfiles import IMAGES, ROOT, Dockerfile, context
+from tests.deploy.dockerfiles import IMAGES, Dockerfile, context
+from tests.places import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INSTALL = runpy.run_path(str(ROOT / "deploy" / "docker" / "install.py"))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.deploy.dockerfiles import ROOT
+from tests.places import ROOT
 from tests.tokenizers_svc.support import (
     RED,
     AllergicTokenizer,

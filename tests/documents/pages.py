@@ -1,10 +1,8 @@
 """The documents: where they lie, and which of them are made from the code."""
 
-from pathlib import Path
-
 from tests.documents import cli_reference, recipes_page, sizing
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 

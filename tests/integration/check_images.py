@@ -23,7 +23,8 @@ from pathlib import Path
 
 from cache_builder.formats.manifest import MANIFEST_NAME
 from tests import factories
-from tests.deploy.dockerfiles import IMAGES, ROOT, Dockerfile, context
+from tests.deploy.dockerfiles import IMAGES, Dockerfile, context
+from tests.places import ROOT
 
 USER = 10001
 KEY = "the-key-of-this-check-alone"

@@ -1,3 +1,5 @@
+"""Services and codebooks that the tests of the service ask."""
+
 import pytest
 
 from tests.tokenizers_svc.support import make_codebook, make_tokenizer, make_zoo, serving

@@ -1,3 +1,5 @@
+"""Small caches that the tests of the trainer read."""
+
 import pytest
 
 from tests.trainer.caches import make_cache, make_residual_cache

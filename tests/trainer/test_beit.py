@@ -1,3 +1,5 @@
+"""BEiT: masked patches are predicted from the visible ones, and nothing else counts."""
+
 import pytest
 import torch
 

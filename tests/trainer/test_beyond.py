@@ -1,3 +1,5 @@
+"""Beyond Masking: what becomes of a picture, and to which patches its token ids then belong."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""CCViT: corrupted pictures, targets and losses are those of the official code."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Recipes load, and a wrong setting is told by its key and its value."""
+
 import logging
 
 import pytest

@@ -1,3 +1,5 @@
+"""No sample is lost or doubled, and a batch follows from the number of its step."""
+
 import hashlib
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Several processes have the losses of one, and agree when something is wrong."""
+
 import json
 import os
 import re

@@ -1,3 +1,5 @@
+"""DMJD: two masks that overlap as little as they can."""
+
 import pytest
 import torch
 

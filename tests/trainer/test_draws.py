@@ -1,3 +1,5 @@
+"""Random numbers belong to a sample, however its batch is cut."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""DTM: tokens merge as in the official code, with ties too."""
+
 import math
 from pathlib import Path
 

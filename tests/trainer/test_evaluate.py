@@ -1,3 +1,5 @@
+"""A probe tells what frozen features know of classes."""
+
 import shutil
 import zipfile
 

@@ -1,3 +1,5 @@
+"""What is exported loads strictly elsewhere and computes the same."""
+
 import importlib.util
 import json
 

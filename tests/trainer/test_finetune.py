@@ -1,3 +1,5 @@
+"""Fine-tuning learns labels, and goes on after a stop as if there had been none."""
+
 import json
 import os
 import signal

@@ -1,3 +1,5 @@
+"""The trainer brings in no tokenizer and no server."""
+
 import pkgutil
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Weights begin as large as their width asks for, positions as sines."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""MaPeT: who sees whom follows from the ranks, as in the official code."""
+
 from pathlib import Path
 
 import numpy as np

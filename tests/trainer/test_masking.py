@@ -1,3 +1,5 @@
+"""Masks hide as many patches as they should, and follow from the generator alone."""
+
 import pytest
 import torch
 

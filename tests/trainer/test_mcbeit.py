@@ -1,3 +1,5 @@
+"""mc-BEiT: soft targets and similarities are those of the definition."""
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity

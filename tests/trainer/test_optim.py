@@ -1,3 +1,5 @@
+"""Which parameters learn how fast, which decay, and when."""
+
 import pytest
 import timm
 import torch

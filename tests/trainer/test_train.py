@@ -1,3 +1,5 @@
+"""The loop learns, resumes to the bit and refuses what does not go together."""
+
 import json
 import math
 import os

@@ -1,3 +1,5 @@
+"""Counting and drawing look at a run and change nothing of it."""
+
 import importlib.util
 import json
 

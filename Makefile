@@ -9,7 +9,7 @@ DATA ?=
 PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 --reruns-delay 5
 KERNELS := $(addprefix cache_builder/tokenizers/kernels/,build.py dispatch.cpp nearest.cpp nearest.h)
 
-.PHONY: demo test integration images-check gpu-check gpu-bench check bench docs clean
+.PHONY: demo test integration fuzz soak images-check gpu-check gpu-bench check bench docs clean
 
 demo: $(INSTALLED)  ## the whole route on real images: make demo, or make demo DATA=/path/to/folder
 	$(BIN)/python -m cache_builder.demo --out demo $(if $(DATA),--data "$(DATA)")
@@ -19,6 +19,12 @@ test: $(INSTALLED)  ## the tests
 
 integration: $(INSTALLED)  ## what needs root, a machine of its own or minutes: clusters of several hosts first of all
 	$(BIN)/python -m pytest -m hosts
+
+fuzz: $(INSTALLED)  ## a hundred thousand damaged files of every format, and what their readers make of them
+	$(BIN)/python -m tests.fuzz --inputs 100000
+
+soak: $(INSTALLED)  ## build, serve and train at once for half an hour while things go wrong: root
+	$(BIN)/python -m tests.integration.soak --minutes 30
 
 images-check: $(INSTALLED)  ## what is in the images, run as containers run it: root, minutes, 15 GB
 	$(BIN)/python -m tests.integration.check_images
@@ -53,4 +59,4 @@ $(INSTALLED): pyproject.toml deploy/constraints.txt deploy/build_hook.py $(KERNE
 	touch $@
 
 clean:  ## what the targets made
-	rm -rf $(VENV) demo .site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo soak .site .mypy_cache .ruff_cache .pytest_cache

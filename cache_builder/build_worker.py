@@ -6,14 +6,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from cache_builder.build_log import UnitMeter, UnitWork
-from cache_builder.commit import UnitSummary, commit_unit, layer_store, take_unit
+from cache_builder.commit import UnitSummary, commit_unit, layer_store, summarise, take_unit
 from cache_builder.decoders import Decoders
 from cache_builder.errors import SourceError
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     PLAN_NAME,
-    SkippedSample,
     UnitRecord,
     read_model,
     unit_record_name,
@@ -119,21 +118,22 @@ class BuildWorker:
         return build_unit(
             targets,
             unit,
-            meter.count(self._cached(plan, base.skipped)),
+            meter.count(self._cached(plan, base)),
             skipped=base.skipped,
             decoders=decoders,
             turn=self._turn,
         )
 
-    def _cached(self, plan: PlanUnit, skipped: tuple[SkippedSample, ...]) -> Iterator[Picture]:
+    def _cached(self, plan: PlanUnit, record: UnitRecord) -> Iterator[Picture]:
         """Yield the images of a finished unit: from the cache, or where they lie if it has none."""
-        left_out = {sample.key for sample in skipped}
+        left_out = {sample.key for sample in record.skipped}
         rows = tuple(row for row in plan.rows if row.key not in left_out)
         if self._base.spec.images_in_cache == "none":
             whole = plan.model_copy(update={"rows": rows})
             yield from (Picture(*pair) for pair in self._source.read(whole))
             return
-        shard = open_unit(self._store, self._base.spec, plan.unit, len(rows))
+        claim = summarise(plan.unit, record).shard
+        shard = open_unit(self._store, self._base.spec, plan.unit, claim)
         try:
             for number, row in enumerate(rows):
                 sample = shard.read(number, IMAGE_ALONE)

@@ -363,8 +363,7 @@ class CacheCheck:
                 continue
             summary = self._summary(self.base, unit)
             assert summary is not None
-            num_samples = summary.shard.num_samples
-            shard = open_unit(self.store, self.base.spec, unit, num_samples)
+            shard = open_unit(self.store, self.base.spec, unit, summary.shard)
             counts = Counter(shard.keys)
             shard.close()
             repeated = [

@@ -7,7 +7,7 @@ is gone, the rest of the cache is asked which is right: codebook, layers, and th
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cache_builder.commit import layer_store
+from cache_builder.commit import layer_store, summarise
 from cache_builder.damage import Damage, Examined, examine, full_name, model_differences
 from cache_builder.errors import ArtifactError, FormatVersionError, PatchCacheError
 from cache_builder.files import sha256_bytes
@@ -236,7 +236,7 @@ def _sample_objections(store: Store, spec: CacheSpec) -> Iterator[str]:
     """Look at the first samples with these settings."""
     try:
         record = read_model(UnitRecord, store, unit_record_name(0))
-        shard = open_unit(store, spec, 0, record.num_samples)
+        shard = open_unit(store, spec, 0, summarise(0, record).shard)
     except (PatchCacheError, ValueError, KeyError) as exc:
         yield str(exc)
         return

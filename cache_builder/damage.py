@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from cache_builder import files
-from cache_builder.errors import ArtifactError, FormatVersionError
+from cache_builder.errors import ArtifactError, FormatVersionError, one_line
 from cache_builder.formats.manifest import FileDigest, read_model, to_json
 from cache_builder.stores import Measure, Store
 
@@ -42,7 +42,7 @@ class Damage(NamedTuple):
         """Return it as one line."""
         place = [f"layer {self.layer}"] if self.layer else []
         place += [] if self.unit is None else [f"unit {self.unit}"]
-        return f"{', '.join(place)}: {self.detail}" if place else self.detail
+        return one_line(f"{', '.join(place)}: {self.detail}" if place else self.detail)
 
 
 class Examined(NamedTuple, Generic[_ModelT]):

@@ -25,6 +25,13 @@ Anything else that escapes is a bug of ours and keeps its traceback.
 class PatchCacheError(Exception):
     """Base of every error that a user can mend."""
 
+    def __str__(self) -> str:
+        """Return the message as one line that a terminal shows as it is.
+
+        It may quote what a damaged or hostile file says.
+        """
+        return one_line(super().__str__())
+
 
 class ConfigError(PatchCacheError):
     """An argument, option or setting is wrong."""
@@ -85,3 +92,12 @@ class CacheInUseError(PatchCacheError):
 
 class NotFiniteError(PatchCacheError):
     """Training met a loss or gradient that is not finite."""
+
+
+def one_line(text: str) -> str:
+    """Return a text with escapes for whatever is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -9,7 +9,7 @@ sample.json                 what was asked for; another question to the same fol
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from cache_builder import files
 from cache_builder.errors import ConfigError
+from cache_builder.formats.headers import shorten
 from cache_builder.formats.sample import npy_bytes
 
 _PLAN_NAME = "sample.json"
@@ -56,16 +57,14 @@ def settle(store: Path, question: dict[str, JsonValue], *, replace: bool) -> Non
     if store.is_dir():
         files.sweep(store)
     if path.is_file():
-        try:
-            before = json.loads(path.read_bytes())
-        except ValueError:
-            before = {}
+        before = _read_plan(path)
         changed = [name for name in question if before.get(name) != question[name]]
         if not changed:
             return
         if not replace:
             differences = "; ".join(
-                f"{name} was {json.dumps(before.get(name))}, is {json.dumps(question[name])}"
+                f"{name} was {shorten(json.dumps(before.get(name)))}, "
+                f"is {json.dumps(question[name])}"
                 for name in changed
             )
             raise ConfigError(
@@ -79,6 +78,15 @@ def settle(store: Path, question: dict[str, JsonValue], *, replace: bool) -> Non
             "Use another --sample-dir."
         )
     files.publish(path, files.canonical_json(question))
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """Return what the store was made for; nothing, if that cannot be read."""
+    try:
+        before = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    return before if isinstance(before, dict) else {}
 
 
 def write_unit(store: Path, sample: UnitSample) -> UnitSampleRecord:

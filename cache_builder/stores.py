@@ -164,21 +164,24 @@ class LocalStore:
 
     def read(self, name: str) -> bytes:
         """Return the content of a file."""
-        return (self.root / name).read_bytes()
+        with _folders_are_no_files():
+            return (self.root / name).read_bytes()
 
     def measure(self, name: str) -> Measure:
         """Return length and SHA-256 of a file."""
-        with (self.root / name).open("rb") as file:
+        with _folders_are_no_files(), (self.root / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
             return Measure(file.tell(), digest.hexdigest())
 
     def size(self, name: str) -> int:
         """Return the length of a file, bytes."""
-        return (self.root / name).stat().st_size
+        with _folders_are_no_files():
+            return (self.root / name).stat().st_size
 
     def open(self, name: str) -> "LocalReader":
         """Open a file for reads in any order."""
-        return LocalReader(self.root / name)
+        with _folders_are_no_files():
+            return LocalReader(self.root / name)
 
     def publish(self, name: str, data: bytes) -> None:
         """Write a file under a temporary name, flush it, rename it."""
@@ -233,16 +236,28 @@ class LocalReader:
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY)
+        self._size = os.fstat(self._handle).st_size
 
     def read(self, start: int, size: int) -> bytes:
         """Return `size` bytes from `start` on."""
-        return os.pread(self._handle, size, start)
+        # Memory for all of `size` would be taken first, however little there is to read.
+        size = min(size, self._size - start)
+        return os.pread(self._handle, size, start) if size > 0 else b""
 
     def close(self) -> None:
         """Close the file; twice is once."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+
+@contextlib.contextmanager
+def _folders_are_no_files() -> Iterator[None]:
+    """Say of a name that is a folder's, or leads through a file, that there is no such file."""
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError) as exc:
+        raise FileNotFoundError(exc.errno, exc.strerror, exc.filename) from exc
 
 
 def _lock_file(path: Path) -> int:

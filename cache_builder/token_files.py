@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 from cache_builder.errors import ConfigError, ImageError
 from cache_builder.formats.keys import unescape_key
+from cache_builder.formats.sample import BAD_NPY_HEADER
 from cache_builder.formats.views import View
 from cache_builder.sources.names import is_image
 
 # What numpy raises of a damaged or hostile .npy file.
-_BAD_NPY = (ValueError, OSError, EOFError, SyntaxError, TypeError, RecursionError, MemoryError)
+_BAD_NPY = (*BAD_NPY_HEADER, ValueError, OSError, EOFError)
 # What torch raises of a damaged file, of bytes that are no pickle, and of tensors without a plain
 # array.
 _BAD_TORCH = (

@@ -233,8 +233,8 @@ class _UnitOfPart:
         """Open the samples; those of a tar that was read lie in memory."""
         assert self.record is not None
         if self.tar is None:
-            part, num_samples = self._part, self.record.num_samples
-            return open_unit(part.store, part.spec, self.unit, num_samples)
+            part, claim = self._part, summarise(self.unit, self.record).shard
+            return open_unit(part.store, part.spec, self.unit, claim)
         return TarShard(self._part.store, self.unit, self.record, _Held(self.tar))
 
     def _measure(self, name: str) -> Measure | None:

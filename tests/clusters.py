@@ -25,13 +25,18 @@ def add_node(cluster: Any, **settings: Any) -> Any:
     return start_patiently(lambda: cluster.add_node(**settings), lambda: None)
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the processes below one, whichever thread has started them, as Linux lists them."""
-    children = []
+def children(pid: int) -> list[int]:
+    """Return the processes that one has started, in whichever thread, as Linux lists them."""
+    found = []
     for listed in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # it has just ended
-            children += [int(child) for child in listed.read_text().split()]
-    return [found for child in children for found in (child, *descendants(child))]
+            found += [int(child) for child in listed.read_text().split()]
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below one."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
 
 
 def kill_all(pids: Iterable[int]) -> None:

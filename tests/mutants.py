@@ -1,7 +1,7 @@
 """Pictures of every format, damaged at random: bits flipped, cut off, spliced with one another."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -40,10 +40,15 @@ def mutants(num_files: int, seed: int = 0) -> Iterator[bytes]:
     rng = np.random.default_rng(seed)
     files = originals()
     for _ in range(num_files):
-        data = bytearray(files[rng.integers(len(files))])
+        data = files[rng.integers(len(files))]
         for _ in range(rng.integers(1, 4)):
-            data = _DAMAGES[rng.integers(len(_DAMAGES))](data, rng, files)
-        yield bytes(data)
+            data = damage(data, rng, files)
+        yield data
+
+
+def damage(data: bytes, rng: np.random.Generator, files: Sequence[bytes]) -> bytes:
+    """Return bytes with one damage; `files` are those that they may be spliced with."""
+    return bytes(_DAMAGES[rng.integers(len(_DAMAGES))](bytearray(data), rng, files))
 
 
 def _flip_bits(data, rng, files):
@@ -79,7 +84,7 @@ def _repeat(data, rng, files):
 
 def _splice(data, rng, files):
     other = files[rng.integers(len(files))]
-    return data[: rng.integers(len(data) + 1)] + other[rng.integers(len(other)) :]
+    return data[: rng.integers(len(data) + 1)] + other[rng.integers(len(other) + 1) :]
 
 
 _DAMAGES = (_flip_bits, _flip_bits, _set_bytes, _cut, _remove, _repeat, _splice)

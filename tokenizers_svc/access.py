@@ -232,7 +232,9 @@ def _read_file(path: Path, role: Role) -> list[Key]:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         reason = getattr(exc, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"Cannot read the keys in {path}: {reason}.") from None
+        raise ConfigError(
+            f"Cannot read the keys in {path}: {reason}. Pass a text file of one key a line."
+        ) from None
     keys = _parse(lines, role, str(path))
     if not keys:
         # A service that is open because its file of keys is empty is what nobody asked for.
@@ -255,7 +257,10 @@ def _digest(word: str, what: str) -> bytes:
     if word.startswith("sha256:"):
         match = _DIGEST.fullmatch(word)
         if match is None:
-            raise ConfigError(f"{what} is no SHA-256 digest: 64 hexadecimal digits in lower case.")
+            raise ConfigError(
+                f"{what} is no SHA-256 digest. Write `sha256:` and 64 hexadecimal digits in lower "
+                "case."
+            )
         return bytes.fromhex(match.group(1))
     if not _KEY.fullmatch(word):
         raise ConfigError(

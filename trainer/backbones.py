@@ -9,19 +9,20 @@ What a user may name:
     timm:NAME@weights.safetensors                   the same with the weights of a file
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import safetensors
 import safetensors.torch
 import timm
 import torch
+from pydantic import BaseModel, ValidationError, model_validator
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from cache_builder.errors import ArtifactError, ConfigError
+from cache_builder.formats.headers import first_problem, shorten
 from trainer import checkpoint as checkpoints
 from trainer import finetune_checkpoint
 from trainer.config import Init
@@ -32,7 +33,26 @@ Rgb = tuple[float, float, float]
 METADATA_KEY: Final = "patchcache"  # of an exported file: a JSON text
 
 _TIMM = "timm:"
+_MAX_SIZE = 1 << 14  # of an image, pixels
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError)
+
+
+class _Exported(BaseModel, extra="allow"):
+    """What an exported file says of its weights; what else it says is where they come from."""
+
+    model: str
+    arguments: dict[str, Any]
+    init: Init | None
+    mean: Rgb
+    std: Rgb
+    class_names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size = self.arguments.get("img_size")
+        if not isinstance(size, int) or not 0 < size <= _MAX_SIZE:
+            raise ValueError(f"img_size is {size!r}, not a number of pixels")
+        return self
 
 
 class Backbone(NamedTuple):
@@ -63,20 +83,27 @@ class Backbone(NamedTuple):
         Raises:
             ArtifactError: The weights are not those of the model.
         """
-        arguments = {**self.arguments, **changes}
-        if self.init is not None:
-            model: nn.Module = build_vit(VitSpec(self.name, arguments, self.init), drop_path)
-        elif drop_path:
-            model = timm.create_model(self.name, **arguments, drop_path_rate=drop_path)
-        else:
-            model = timm.create_model(self.name, **arguments)
-        if trained:
-            found = model.load_state_dict(self.state, strict=False)
+        try:
+            model = self._create({**self.arguments, **changes}, drop_path)
+            found = model.load_state_dict(self.state, strict=False) if trained else None
+        except (*_LOADING_ERRORS, ConfigError) as exc:
+            raise ArtifactError(
+                f"{self.origin} does not hold the weights of {shorten(self.name)}: "
+                f"{shorten(str(exc).rstrip('.'))}. Name the model that they belong to."
+            ) from exc
+        if found is not None:
             new = ("head.", "fc_norm.") if "num_classes" in changes else ()
             left_out = ("head.", "norm.", "fc_norm.") if "num_classes" in changes else ()
             missing = [name for name in found.missing_keys if not name.startswith(new)]
             surplus = [name for name in found.unexpected_keys if not name.startswith(left_out)]
             _require_all(self.origin, self.name, missing, surplus)
+        return model
+
+    def _create(self, arguments: dict[str, Any], drop_path: float) -> nn.Module:
+        if self.init is not None:
+            return build_vit(VitSpec(self.name, arguments, self.init), drop_path)
+        changes = {"drop_path_rate": drop_path} if drop_path else {}
+        model: nn.Module = timm.create_model(self.name, **arguments, **changes)
         return model
 
     def without_classifier(self) -> "Backbone":
@@ -140,34 +167,40 @@ def _of_finetuning(path: Path) -> Backbone:
 
 
 def _of_export(path: Path) -> Backbone:
+    way_out = "Write it again with `patchcache export`."
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            text = (file.metadata() or {}).get(METADATA_KEY)
         state = safetensors.torch.load_file(path)
     except FileNotFoundError as exc:
-        raise ArtifactError(f"There is no file {path}.") from exc
-    except (OSError, safetensors.SafetensorError, ValueError) as exc:
-        raise ArtifactError(f"{path} is damaged or no safetensors file: {exc}.") from exc
-    if metadata is None:
+        raise ArtifactError(f"There is no file {path}. {way_out}") from exc
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError) as exc:
+        raise ArtifactError(
+            f"{path} is damaged or no safetensors file: {shorten(str(exc).rstrip('.'))}. {way_out}"
+        ) from exc
+    if text is None:
         raise ArtifactError(
             f"{path} does not say which model its weights belong to: `patchcache export` did not "
             f"write it. Name the model: timm:NAME@{path}."
         )
+    try:
+        exported = _Exported.model_validate_json(text)
+    except ValidationError as exc:
+        raise ArtifactError(
+            f"{path} does not say which model its weights belong to: {first_problem(exc)}. "
+            f"{way_out}"
+        ) from exc
     return Backbone(
         origin=str(path),
-        name=metadata["model"],
-        arguments=metadata["arguments"],
+        name=exported.model,
+        arguments=exported.arguments,
         state=state,
-        image_size=metadata["arguments"]["img_size"],
-        mean=_rgb(metadata["mean"]),
-        std=_rgb(metadata["std"]),
-        init=metadata["init"],
-        provenance={
-            key: value
-            for key, value in metadata.items()
-            if key not in ("model", "arguments", "init", "mean", "std", "class_names")
-        },
-        class_names=tuple(metadata.get("class_names", ())),
+        image_size=exported.arguments["img_size"],
+        mean=exported.mean,
+        std=exported.std,
+        init=exported.init,
+        provenance=exported.model_extra or {},
+        class_names=exported.class_names,
     )
 
 

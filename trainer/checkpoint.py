@@ -11,10 +11,7 @@ with other settings is refused with the difference. A damaged checkpoint is name
 and the newest good one before it is taken.
 """
 
-import io
 import logging
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -30,10 +27,11 @@ from cache_builder.errors import (
     TokenizerMismatchError,
 )
 from cache_builder.formats import CacheManifest
-from cache_builder.formats.headers import check_format_version
+from cache_builder.formats.headers import first_problem
 from cache_builder.stores import absolute_location
 from trainer.config import TrainConfig, differences, parse_config
 from trainer.model import VitSpec, build_vit
+from trainer.saved import read_saved
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +60,7 @@ FREE_ON_RESUME: Final = frozenset(
 _FOLDER = "checkpoints"
 _PATTERN = "step_*.pt"
 _VIT_PREFIX = "vit."
+_WAY_OUT = "Delete it to go on from the checkpoint before it."
 
 
 class Progress(BaseModel, frozen=True, extra="forbid"):
@@ -232,33 +231,20 @@ def load(path: str | Path, content: bytes | None = None) -> Checkpoint:
             )
         return newest[1]
     if content is None and not path.is_file():
-        raise ArtifactError(f"There is no checkpoint at {path}.")
+        raise ArtifactError(
+            f"There is no checkpoint at {path}. Pass the --out of `patchcache train`."
+        )
 
-    def file() -> Path | io.BytesIO:
-        return path if content is None else io.BytesIO(content)
-
+    saved = read_saved(path, FORMAT_VERSION, way_out=_WAY_OUT, content=content)
     try:
-        # torch itself does not look at the checksums of the members.
-        with zipfile.ZipFile(file()) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ArtifactError(f"{path}: member {damaged} is damaged.")
-        found = torch.load(file(), map_location="cpu", weights_only=True)
-        text, model, optimizer = found["header"], found["model"], found["optimizer"]
-        check_format_version(text, FORMAT_VERSION, str(path))
-        header = Header.model_validate_json(text)
-        return Checkpoint(header, model, optimizer, found.get("average"))
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        ValidationError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as exc:
-        raise ArtifactError(f"{path} is damaged or not a checkpoint: {exc}.") from exc
+        header = Header.model_validate_json(saved.header)
+    except ValidationError as exc:
+        raise ArtifactError(
+            f"{path} is damaged or not a checkpoint: {first_problem(exc)}. {_WAY_OUT}"
+        ) from exc
+    saved.require("model", "optimizer")
+    average = saved.parts.get("average")
+    return Checkpoint(header, saved.parts["model"], saved.parts["optimizer"], average)
 
 
 def describe(path: str | Path) -> dict[str, Any]:

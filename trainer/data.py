@@ -12,7 +12,6 @@ spawning pays the import of torch in every worker.
 
 import hashlib
 import multiprocessing
-import signal
 from collections.abc import Collection, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,6 +34,7 @@ from cache_builder.formats import CachedSample, PayloadName, TokenCache, View
 from cache_builder.sources import ImageJoin
 from trainer.objectives.interface import Targets
 from trainer.pixels import to_unit_range
+from trainer.workers import belong_to_the_main_process
 
 _WINDOW_SHARDS = 64  # as many as TokenCache keeps open
 
@@ -307,7 +307,7 @@ def read_batches(
         num_workers=num_workers,
         multiprocessing_context=context,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=belong_to_the_main_process,
         # The workers' seed; without its own generator it would be drawn from the model's.
         generator=torch.Generator(),
     )
@@ -325,10 +325,3 @@ def _to_tensor(arrays: list[NDArray[Any]]) -> Tensor:
 
 def _as_it_is(batch: Batch | PatchCacheError) -> Batch | PatchCacheError:
     return batch
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # A terminal sends Ctrl-C to every process; a worker that dies of it would take the last step
-    # with it. When the main process goes, torch's watchdog ends the worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

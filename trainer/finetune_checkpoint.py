@@ -6,8 +6,6 @@ generators or of the data order is in it: both are functions of the step. Member
 against their checksums, and only tensors and plain values are read back.
 """
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,8 +14,9 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.headers import check_format_version
+from cache_builder.formats.headers import first_problem
 from trainer.config import Init
+from trainer.saved import read_saved
 
 FORMAT_VERSION: Final = 1
 
@@ -117,25 +116,15 @@ def load(path: Path) -> Finetuned:
     path = (latest(path) or path) if path.is_dir() else path
     way_out = f"Delete {path.name} to go on from the checkpoint before it."
     if not path.is_file():
-        raise ArtifactError(f"There is no checkpoint at {path}.")
+        raise ArtifactError(
+            f"There is no checkpoint at {path}. Pass the --out of `patchcache finetune`."
+        )
+    saved = read_saved(path, FORMAT_VERSION, way_out=way_out)
     try:
-        # torch itself does not look at the checksums of the members.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ArtifactError(f"{path}: member {damaged} is damaged. {way_out}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        check_format_version(content["header"], FORMAT_VERSION, str(path))
-        header = Header.model_validate_json(content.pop("header"))
-        return Finetuned(header, **content)
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        ValidationError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as exc:
-        raise ArtifactError(f"{path} is damaged or not a checkpoint: {exc}. {way_out}") from exc
+        header = Header.model_validate_json(saved.header)
+    except ValidationError as exc:
+        raise ArtifactError(
+            f"{path} is damaged or not a checkpoint: {first_problem(exc)}. {way_out}"
+        ) from exc
+    saved.require("model", "optimizer")
+    return Finetuned(header, saved.parts["model"], saved.parts["optimizer"], saved.parts.get("ema"))

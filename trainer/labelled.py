@@ -7,7 +7,6 @@ label, and images that cannot be decoded, are left out and counted in a warning,
 
 import logging
 import multiprocessing
-import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +27,7 @@ from cache_builder.formats.views import centre_square
 from cache_builder.sources import ImageJoin, open_source
 from cache_builder.stores import open_store
 from trainer.data import stable_hash
+from trainer.workers import belong_to_the_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def load_ahead(
         num_workers=num_workers,
         multiprocessing_context=context,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=belong_to_the_main_process,
         # The workers' seed; without its own generator it would be drawn from the model's.
         generator=torch.Generator(),
     )
@@ -286,10 +286,3 @@ def _is_cache(location: str) -> bool:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # A terminal sends Ctrl-C to every process; a worker that dies of it would take the last step
-    # with it. When the main process goes, torch's watchdog ends the worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -177,9 +177,10 @@ def _rows_up_to(path: Path, step: int) -> bytes:
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         try:
             row_step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            is_later = row_step > step
+        except (ValueError, KeyError, TypeError, RecursionError):
             break  # the writer was killed inside this line
-        if row_step > step or not line.endswith(b"\n"):
+        if is_later or not line.endswith(b"\n"):
             break
         kept += line
     return kept

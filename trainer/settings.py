@@ -25,7 +25,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise ConfigError(f"The recipe {path} cannot be read: {exc}.") from exc
+        raise ConfigError(
+            f"The recipe {path} cannot be read: {str(exc).rstrip('.')}. "
+            "Correct it, or name another."
+        ) from exc
 
 
 def recipe_path(recipe: str | Path, folder: Path) -> Path:

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache_builder.errors import ArtifactError, TokenizerMismatchError
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.columns import ShardColumns, no_columns
-from cache_builder.formats.layers import LayeredShard, Part, choose_tokenizer, merged_manifest
+from cache_builder.formats.layers import (
+    LayeredShard,
+    Part,
+    choose_tokenizer,
+    merged_manifest,
+    open_layer,
+)
 from cache_builder.formats.manifest import (
     CacheManifest,
     UnitRecord,
@@ -28,11 +35,12 @@ from cache_builder.formats.payloads import (
 )
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.units import Shard, array_problem, open_unit
-from cache_builder.stores import Store, join_location, open_store
+from cache_builder.stores import Store, open_store
 
 _MAX_OPEN_SHARDS = 64
 _PAYLOAD_NAMES: frozenset[str] = frozenset(get_args(PayloadName))
 _TOKEN_TYPE = np.dtype(np.uint16)
+_BOX_TYPE = np.dtype(np.int32)
 
 
 class TokenCache:
@@ -62,6 +70,7 @@ class TokenCache:
         self._starts = [0, *accumulate(shard.num_samples for shard in manifest.shards)]
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._tokens_shape = manifest.spec.tokens_shape
+        self._vocab_size = manifest.vocab_size
         self._payload_arrays = manifest.spec.payload_arrays
 
     @classmethod
@@ -81,10 +90,11 @@ class TokenCache:
         base = CacheManifest.load(store)
         fingerprint = choose_tokenizer(base, tokenizer, store.location)
         parts = [Part(store, base)] if base.fingerprint == fingerprint else []
-        for layer in sorted(base.layers, key=lambda layer: layer.first_view):
-            if layer.fingerprint == fingerprint:
-                below = open_store(join_location(store.location, layer.name))
-                parts.append(Part(below, CacheManifest.load(below)))
+        parts += [
+            open_layer(store, layer)
+            for layer in sorted(base.layers, key=lambda layer: layer.first_view)
+            if layer.fingerprint == fingerprint
+        ]
         manifest = base if parts == [Part(store, base)] else merged_manifest(base, parts)
         # Layers hold no images; theirs are the cache's.
         elsewhere = parts[0].manifest is not base and "image" in base.payloads
@@ -155,9 +165,13 @@ class TokenCache:
             raise ValueError(f"payloads {sorted(payloads)} are not all of {sorted(_PAYLOAD_NAMES)}")
         sample = self.shard(shard).read(row, payloads)
         self._check_array(sample, "token_ids", self._tokens_shape, _TOKEN_TYPE)
+        self._check_array(sample, "views", (self._tokens_shape[0], 5), _BOX_TYPE)
         for name, array in self._payload_arrays.items():
             if payloads is None or array.payload in payloads:
                 self._check_array(sample, name, array.shape, array.dtype)
+        self._check_ids(sample.token_ids, sample.key)
+        if sample.soft_ids is not None:
+            self._check_ids(sample.soft_ids, sample.key)
         return sample
 
     def read_shard(
@@ -188,6 +202,7 @@ class TokenCache:
                 f"{self.location}: token ids of shard {index} are {found.shape[1:]} {found.dtype}, "
                 f"expected {shape} {_TOKEN_TYPE}. Run `patchcache verify {self.location}`."
             )
+        self._check_ids(found, f"shard {index}")
         return columns
 
     def part_bytes(self, index: int) -> Counter[str]:
@@ -242,6 +257,14 @@ class TokenCache:
         """Close every open shard."""
         self.close()
 
+    def _check_ids(self, ids: NDArray[np.uint16], of_what: str) -> None:
+        """Refuse ids that a model would look up behind the end of its tables."""
+        if (largest := int(ids.max())) >= self._vocab_size:
+            raise ArtifactError(
+                f"{self.location}: token id {largest} of {of_what} is not below "
+                f"K={self._vocab_size}. Run `patchcache verify {self.location}`."
+            )
+
     def _check_array(
         self, sample: CachedSample, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
@@ -251,13 +274,15 @@ class TokenCache:
             )
 
     def _open_shard(self, index: int) -> Shard:
-        num_samples = self.manifest.shards[index].num_samples
-        opened = [
-            open_unit(part.store, part.manifest.spec, index, num_samples) for part in self._parts
-        ]
+        opened = [_open_unit_of(part, index) for part in self._parts]
         images = None
         if self._images is not None:
-            images = open_unit(self.store, self._images.spec, index, num_samples)
+            images = _open_unit_of(Part(self.store, self._images), index)
         if images is None and len(opened) == 1:
             return opened[0]
         return LayeredShard(self.location, opened, images)
+
+
+def _open_unit_of(part: Part, unit: int) -> Shard:
+    manifest = part.manifest
+    return open_unit(part.store, manifest.spec, unit, manifest.shards[unit], manifest.store_files)

@@ -40,13 +40,14 @@ from cache_builder.formats.codebook_header import (
     PixelRule,
     PluginSpec,
 )
-from cache_builder.formats.headers import check_format_version, first_problem
+from cache_builder.formats.headers import check_format_version, first_problem, shorten
 from cache_builder.stores import read_location
 
 MAX_VOCAB_SIZE = 65_535  # id 65,535 marks "absent" in uint16 token arrays
 CENTROID_TYPES = (np.uint8, np.int16, np.float32)
 
 _METADATA_KEY = "patchcache"
+_COPY_AGAIN = "Copy it again from its source."
 
 
 class Codebook:
@@ -243,7 +244,7 @@ class Codebook:
         try:
             _check_arrays(centroids, counts, header.extractor)
         except ArtifactError as exc:
-            raise ArtifactError(f"{place}: {exc}") from exc
+            raise ArtifactError(f"{place}: {exc}. {_COPY_AGAIN}") from exc
         digest = _digest(centroids, header.metric)
         fingerprint = _fingerprint(header.pixel_rule, header.extractor, digest)
         for name, stored, actual in (
@@ -252,14 +253,14 @@ class Codebook:
         ):
             if stored != actual:
                 raise ArtifactError(
-                    f"{place} is damaged: its header says {name} {stored} but its content has "
-                    f"{actual}. Copy it again from its source."
+                    f"{place} is damaged: its header says {name} {shorten(stored)} but its content "
+                    f"has {actual}. {_COPY_AGAIN}"
                 )
         # The digest does not cover the counts, but they must add up.
         if header.num_points and (counts.sum(1) != header.num_points).any():
             raise ArtifactError(
                 f"{place} is damaged: its counts do not add up to {header.num_points:,} patches. "
-                "Copy it again from its source."
+                f"{_COPY_AGAIN}"
             )
         codebook = cls.__new__(cls)
         codebook.centroids, codebook.counts, codebook.header = centroids, counts, header
@@ -275,17 +276,17 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 def _unreadable(place: str, exc: Exception) -> ArtifactError:
     return ArtifactError(
-        f"{place} cannot be read as a codebook ({exc}). Copy it again from its source."
+        f"{place} cannot be read as a codebook ({shorten(str(exc))}). {_COPY_AGAIN}"
     )
 
 
 def _parse_header(text: str, place: str) -> CodebookHeader:
-    check_format_version(text, FORMAT_VERSION, place)
+    check_format_version(text, FORMAT_VERSION, place, way_out=_COPY_AGAIN)
     try:
         return CodebookHeader.model_validate_json(text)
     except ValidationError as exc:
         raise ArtifactError(
-            f"{place}: the codebook header is damaged: {first_problem(exc)}"
+            f"{place}: the codebook header is damaged: {first_problem(exc)}. {_COPY_AGAIN}"
         ) from exc
 
 

@@ -8,9 +8,17 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cache_builder.errors import ArtifactError, FormatVersionError
 
+_MAX_SHOWN = 200  # characters of what a damaged file says
 
-def check_format_version(text: str | bytes, newest: int, place: str) -> None:
+
+def check_format_version(text: str | bytes, newest: int, place: str, *, way_out: str) -> None:
     """Refuse JSON whose `format_version` is missing or newer than `newest`.
+
+    Args:
+        text: The JSON.
+        newest: Format version that can be read.
+        place: Where it lies, for the message.
+        way_out: What to do about a damaged one.
 
     Raises:
         FormatVersionError: It is newer.
@@ -19,7 +27,7 @@ def check_format_version(text: str | bytes, newest: int, place: str) -> None:
     try:
         version = VersionOnly.model_validate_json(text).format_version
     except ValidationError as exc:
-        raise ArtifactError(f"{place} is damaged: {first_problem(exc)}") from exc
+        raise ArtifactError(f"{place} is damaged: {first_problem(exc)}. {way_out}") from exc
     if version > newest:
         raise FormatVersionError(
             f"{place} has format version {version}; this patchcache reads up to {newest}. "
@@ -30,9 +38,15 @@ def check_format_version(text: str | bytes, newest: int, place: str) -> None:
 def first_problem(exc: ValidationError) -> str:
     """Return the first thing that a model complained of, in one line with its place."""
     error = exc.errors()[0]
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(shorten(str(part)) for part in error["loc"])
     what = error["msg"].removeprefix("Value error, ")
     return f"{where}: {what}" if where else what
+
+
+def shorten(text: str) -> str:
+    """Return what a damaged file says as a part of one readable line."""
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+    return shown if shown.isprintable() else ascii(shown)[1:-1]
 
 
 class VersionOnly(BaseModel, frozen=True):

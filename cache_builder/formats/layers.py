@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from cache_builder.errors import ArtifactError, TokenizerMismatchError
 from cache_builder.formats.columns import ShardColumns
-from cache_builder.formats.manifest import CacheManifest
+from cache_builder.formats.manifest import MANIFEST_NAME, CacheManifest, LayerInfo
 from cache_builder.formats.payloads import PayloadName, sum_features, sum_soft
 from cache_builder.formats.sample import CachedSample, SampleInfo
 from cache_builder.formats.units import IMAGE_ALONE, Shard
-from cache_builder.stores import Store
+from cache_builder.stores import Store, join_location, open_store
 
 PER_VIEW = ("views", "token_ids", "soft_ids", "soft_probs", "features", "feature_scales")
 
@@ -27,6 +27,25 @@ class Part(NamedTuple):
 
     store: Store
     manifest: CacheManifest
+
+
+def open_layer(store: Store, layer: LayerInfo) -> Part:
+    """Open a layer, which must be the one that the cache's manifest describes.
+
+    Raises:
+        ArtifactError: It is another, or damaged.
+    """
+    below = open_store(join_location(store.location, layer.name))
+    manifest = CacheManifest.load(below)
+    views = manifest.view_spec
+    found = manifest.fingerprint, views.first_view, views.num_views
+    if found != (layer.fingerprint, layer.first_view, layer.num_views):
+        raise ArtifactError(
+            f"{store.where(MANIFEST_NAME)} describes layer {layer.name} as tokenizer, first view "
+            f"and views {layer.fingerprint, layer.first_view, layer.num_views}, and the layer is "
+            f"{found}. Run `patchcache verify --repair {store.location}`."
+        )
+    return Part(below, manifest)
 
 
 class LayeredShard:

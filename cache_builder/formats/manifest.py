@@ -17,14 +17,17 @@ Fields of what a cache does not have (`soft`, `features`, `has_extra`, `extra`, 
 the files, not written as null.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     JsonValue,
+    NonNegativeInt,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -32,7 +35,7 @@ from pydantic import (
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.headers import check_format_version, first_problem
+from cache_builder.formats.headers import check_format_version, first_problem, shorten
 from cache_builder.formats.payloads import (
     FeatureSpec,
     FeatureTotals,
@@ -54,6 +57,8 @@ SKIPPED_NAME = "skipped.jsonl"
 Layout = Literal["webdataset", "zarr"]
 ImagesInCache = Literal["original", "resized", "none"]
 SourceKind = Literal["folder", "webdataset", "zip", "parquet", "list", "cache"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.-][A-Za-z0-9_./-]{0,500}")
 
 Content = bytes  # where a field of that name hides the type
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -122,10 +127,25 @@ class CacheSpec(LeavesOutUnset, frozen=True, extra="forbid"):
         return ("tokens", "views", *image, *soft, *features)
 
 
+def _check_name(path: str) -> str:
+    """Refuse the name of a file that would not lie below its cache."""
+    if not _NAME.fullmatch(path) or ".." in path:
+        raise ValueError(f"{shorten(path)} is no name of a file of a cache")
+    return path
+
+
+class _Planned(BaseModel, frozen=True):
+    """What `plan.json` says that the manifest says too."""
+
+    format_version: int
+    spec: CacheSpec
+    num_units: int
+
+
 class FileDigest(BaseModel, frozen=True, extra="forbid"):
     """A file of a cache, path relative to it."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_check_name)]
     bytes: int = Field(ge=0)
     sha256: str
 
@@ -143,6 +163,15 @@ class FileDigest(BaseModel, frozen=True, extra="forbid"):
     def of_content(cls, name: str, content: Content) -> Self:
         """Measure what is to be written as `name`."""
         return cls(path=name, bytes=len(content), sha256=files.sha256_bytes(content))
+
+    def problem(self, content: Content) -> str | None:
+        """Say what is wrong with the content of the file, or None."""
+        if len(content) != self.bytes:
+            return f"has {len(content):,} bytes, expected {self.bytes:,}"
+        actual = files.sha256_bytes(content)
+        if actual != self.sha256:
+            return f"has SHA-256 {actual}, expected {shorten(self.sha256)}"
+        return None
 
     def damage(self, store: Store) -> str | None:
         """Say what is wrong with the file where it lies, or None."""
@@ -173,7 +202,7 @@ class SampleEntry(BaseModel, frozen=True, extra="forbid"):
     """Where the members of one sample lie in a tar: extension -> (offset, size) in bytes."""
 
     key: str
-    members: dict[str, tuple[int, int]]
+    members: dict[str, tuple[NonNegativeInt, NonNegativeInt]]
 
 
 class UnitRecord(LeavesOutUnset, frozen=True, extra="forbid"):
@@ -314,7 +343,31 @@ class CacheManifest(LeavesOutUnset, frozen=True, extra="forbid"):
                 f"{store.location} is not a cache: it has neither {MANIFEST_NAME} nor {PLAN_NAME}. "
                 "Pass the directory that `patchcache build --out` wrote."
             )
-        return read_model(cls, store, MANIFEST_NAME)
+        manifest = read_model(cls, store, MANIFEST_NAME)
+        if contradiction := manifest._contradiction(store):
+            raise ArtifactError(
+                f"{store.where(MANIFEST_NAME)} is damaged: {contradiction}. "
+                f"Run `patchcache verify --repair {store.location}`."
+            )
+        return manifest
+
+    def _contradiction(self, store: Store) -> str | None:
+        """Say where the manifest contradicts itself or the plan, or None."""
+        for name in ("num_samples", "num_skipped"):
+            total = sum(getattr(shard, name) for shard in self.shards)
+            if getattr(self, name) != total:
+                return f"{name} is {getattr(self, name)}, and its shards have {total}"
+        if self.payloads != self.spec.payloads:
+            return f"payloads are {self.payloads}, and by its settings {self.spec.payloads}"
+        if not store.exists(PLAN_NAME):
+            return None  # readers need none
+        plan = read_model(_Planned, store, PLAN_NAME)
+        for name in CacheSpec.model_fields:
+            if getattr(plan.spec, name) != getattr(self.spec, name):
+                return f"{name} is not that of {PLAN_NAME}"
+        if plan.num_units != len(self.shards):
+            return f"it has {len(self.shards)} units, and {PLAN_NAME} {plan.num_units}"
+        return None
 
 
 def unit_record_name(unit: int) -> str:
@@ -327,14 +380,23 @@ def to_json(model: BaseModel) -> bytes:
     return files.canonical_json(model.model_dump(mode="json")) + b"\n"
 
 
-def read_model(model: type[_Model], store: Store, name: str) -> _Model:
+def read_model(
+    model: type[_Model], store: Store, name: str, expected: FileDigest | None = None
+) -> _Model:
     """Read one of this module's files.
+
+    Args:
+        model: What the file holds.
+        store: Where it lies.
+        name: Its name there.
+        expected: What another file says of it.
 
     Raises:
         FormatVersionError: It was written by a newer version.
         ArtifactError: It is missing or damaged.
     """
     place = store.where(name)
+    way_out = f"Run `patchcache verify --repair {store.location}`."
     try:
         text = store.read(name)
     except FileNotFoundError as exc:
@@ -342,11 +404,10 @@ def read_model(model: type[_Model], store: Store, name: str) -> _Model:
             f"{place} is missing. Run the same `patchcache build` command again."
         ) from exc
     if "format_version" in model.model_fields:
-        check_format_version(text, FORMAT_VERSION, place)
+        check_format_version(text, FORMAT_VERSION, place, way_out=way_out)
+    if expected and (problem := expected.problem(text)):
+        raise ArtifactError(f"{place} {problem}. {way_out}")
     try:
         return model.model_validate_json(text)
     except ValidationError as exc:
-        raise ArtifactError(
-            f"{place} is damaged: {first_problem(exc)}. "
-            "Run `patchcache verify --repair` on the cache."
-        ) from exc
+        raise ArtifactError(f"{place} is damaged: {first_problem(exc)}. {way_out}") from exc

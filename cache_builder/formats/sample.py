@@ -2,6 +2,7 @@
 
 import functools
 import io
+import tokenize
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,12 @@ from pydantic import JsonValue
 
 from cache_builder.errors import ArtifactError, ConfigError
 from cache_builder.formats.payloads import restore_features
+
+# What numpy raises of a damaged header: it is parsed as Python, and its type as a type of numpy.
+BAD_NPY_HEADER = (
+    SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError, OverflowError,
+    AttributeError, LookupError,
+)  # fmt: skip
 
 
 class CachedSample(NamedTuple):
@@ -73,14 +80,38 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 
 
 def from_npy(data: bytes, what: str) -> NDArray[Any]:
-    """Read a .npy member; `what` names it in the error.
+    """Read a .npy member, in rows and columns as it was written; `what` names it in the error.
 
     Raises:
-        ArtifactError: It is not a .npy file, or it is cut short.
+        ArtifactError: It is not a .npy file, or it has more or fewer values than it says.
     """
     try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as exc:
+        # Headers are written in one piece, and are the same for every sample.
+        start = 10 + int.from_bytes(data[8:10], "little")
+        shape, dtype = _parse_npy_header(data[:start])
+        values = np.frombuffer(data, dtype, offset=start)
+        return values.reshape(shape).copy()
+    except ValueError as exc:
         raise ArtifactError(
             f"{what} is damaged ({exc}). Run `patchcache verify` to see what else is."
         ) from exc
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type of the values behind a header of a .npy file.
+
+    Raises:
+        ValueError: It is none, or one of values that cannot be taken as they lie there.
+    """
+    file = io.BytesIO(header)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version} of the .npy format, not (1, 0)")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    except BAD_NPY_HEADER as exc:
+        raise ValueError(f"its header cannot be read: {type(exc).__name__}") from exc
+    if by_columns or dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
+        raise ValueError(f"{dtype} {shape}, in columns: {by_columns}, is no array of plain values")
+    return shape, dtype

@@ -14,7 +14,6 @@ and order are fixed, so the same samples give the same bytes.
 
 import contextlib
 import hashlib
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -22,10 +21,12 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import NO_LABEL, ShardColumns, npy_column
+from cache_builder.formats.headers import first_problem, shorten
 from cache_builder.formats.manifest import FileDigest, SampleEntry, UnitRecord, Written
 from cache_builder.formats.payloads import PAYLOAD_OF_ARRAY, PayloadName
 from cache_builder.formats.sample import (
@@ -44,6 +45,7 @@ INFO = "json"
 
 _ARRAY_OF_EXTENSION = {f"{name}.npy": name for name in PAYLOAD_OF_ARRAY}
 _PART_OF_EXTENSION = {INFO: "info", TOKENS: "tokens", VIEWS: "views"}
+_SEE_WHAT_ELSE = "Run `patchcache verify` on its cache to see what else is."
 _BLOCK_BYTES = 512
 _READ_BYTES = 1 << 22  # at a time, where no images lie between the targets
 _GAP_BYTES = 1 << 12  # that are rather read than jumped over
@@ -126,11 +128,15 @@ def read_shard(path: Path) -> Iterator[CachedSample]:
     """
     key, members = "", dict[str, bytes]()
     try:
+        num_bytes = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                file = tar.extractfile(member)
-                if file is None:
+                if not member.isreg():
                     continue
+                if member.offset_data + member.size > num_bytes:
+                    raise tarfile.ReadError(f"cut short or damaged at byte {member.offset:,}")
+                file = tar.extractfile(member)
+                assert file is not None
                 name, _, extension = member.name.partition(".")
                 if name != key and members:
                     yield _sample(key, members, path)
@@ -139,7 +145,7 @@ def read_shard(path: Path) -> Iterator[CachedSample]:
                 members[extension] = file.read()
             check_end(tar)
     except (tarfile.TarError, OSError) as exc:
-        raise ArtifactError(f"{path} is not a whole tar ({exc}).") from exc
+        raise ArtifactError(f"{path} is not a whole tar ({exc}). {_SEE_WHAT_ELSE}") from exc
     if members:
         yield _sample(key, members, path)
 
@@ -225,14 +231,9 @@ class TarShard:
                     columns[extension].append(data[offset - start : offset - start + size])
         infos = []
         for entry, text in zip(self._entries, columns[INFO], strict=True):
-            try:
-                info = json.loads(text)
-                label = info.get("label")
-                infos.append((NO_LABEL if label is None else label, info["height"], info["width"]))
-            except (ValueError, KeyError, AttributeError) as exc:
-                raise ArtifactError(
-                    f"{self._path}: {entry.key}.{INFO} is damaged ({exc})."
-                ) from exc
+            info = _parse_info(text, self._path, entry.key)
+            label = NO_LABEL if info.label is None else info.label
+            infos.append((label, info.height, info.width))
         numbers = np.array(infos, np.int64).reshape(-1, 3)
         return ShardColumns(
             keys=self.keys,
@@ -257,10 +258,7 @@ class TarShard:
         for entry in self._entries:
             missing = set(wanted) - entry.members.keys()
             if missing:
-                raise ArtifactError(
-                    f"{self._path}: sample {entry.key} has no {', '.join(sorted(missing))}. "
-                    "This tar was not written by `patchcache build`, or it is damaged."
-                )
+                raise _incomplete(self._path, entry.key, missing)
             begin, end = _span(entry.members[extension] for extension in wanted)
             near = stop <= begin <= stop + _GAP_BYTES and end - start <= _READ_BYTES
             if entries and not near:
@@ -289,13 +287,9 @@ class TarShard:
             ArtifactError: It is damaged.
         """
         entry = self._entries[row]
-        place = f"{self._path}: {entry.key}.{INFO}"
-        try:
-            fields = json.loads(self._file.read(*entry.members[INFO]))
-            size = int(fields["height"]), int(fields["width"])
-            return SampleInfo(str(fields["source"]), size)
-        except (ValueError, KeyError, TypeError) as exc:
-            raise ArtifactError(f"{place} is damaged ({exc}).") from exc
+        text = self._file.read(*entry.members[INFO]) if INFO in entry.members else b""
+        info = _parse_info(text, self._path, entry.key)
+        return SampleInfo(info.source, (info.height, info.width))
 
     def close(self) -> None:
         """Close the tar."""
@@ -348,26 +342,45 @@ def _members(new: NewSample) -> dict[str, bytes]:
     }
 
 
+def _incomplete(path: object, key: str, missing: Collection[str]) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: sample {shorten(key)} has no {', '.join(sorted(missing))}. This tar was not "
+        f"written by `patchcache build`, or it is damaged. {_SEE_WHAT_ELSE}"
+    )
+
+
+class _Info(BaseModel, extra="ignore"):
+    """The JSON of a sample."""
+
+    source: str
+    height: int = Field(strict=True, ge=0, lt=1 << 31)
+    width: int = Field(strict=True, ge=0, lt=1 << 31)
+    label: int | None = Field(None, strict=True, ge=-(1 << 63), lt=1 << 63)
+    extra: dict[str, JsonValue] = {}
+
+
+def _parse_info(text: bytes, path: object, key: str) -> _Info:
+    try:
+        return _Info.model_validate_json(text)
+    except ValidationError as exc:
+        raise ArtifactError(
+            f"{path}: {shorten(key)}.{INFO} is damaged ({first_problem(exc)}). {_SEE_WHAT_ELSE}"
+        ) from exc
+
+
 def _sample(key: str, members: dict[str, bytes], path: object) -> CachedSample:
     missing = {INFO, TOKENS, VIEWS} - members.keys()
     if missing:
-        raise ArtifactError(
-            f"{path}: sample {key} has no {', '.join(sorted(missing))}. "
-            "This tar was not written by `patchcache build`, or it is damaged."
-        )
+        raise _incomplete(path, key, missing)
     images = [data for extension, data in members.items() if payload_of(extension) == "image"]
-    try:
-        info = json.loads(members[INFO])
-        label, extra = info.get("label"), info.get("extra", {})
-    except (ValueError, AttributeError) as exc:
-        raise ArtifactError(f"{path}: {key}.{INFO} is damaged ({exc}).") from exc
+    info = _parse_info(members[INFO], path, key)
     return CachedSample(
         key=key,
         image=images[0] if images else None,
-        label=label,
+        label=info.label,
         views=from_npy(members[VIEWS], f"{path}: {key}.{VIEWS}"),
         token_ids=from_npy(members[TOKENS], f"{path}: {key}.{TOKENS}"),
-        extra=extra,
+        extra=info.extra,
         **{
             name: from_npy(members[extension], f"{path}: {key}.{extension}")
             for extension, name in _ARRAY_OF_EXTENSION.items()

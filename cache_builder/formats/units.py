@@ -8,7 +8,14 @@ import numpy as np
 
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import ShardColumns
-from cache_builder.formats.manifest import CacheSpec, UnitRecord, read_model, unit_record_name
+from cache_builder.formats.manifest import (
+    CacheSpec,
+    FileDigest,
+    ShardInfo,
+    UnitRecord,
+    read_model,
+    unit_record_name,
+)
 from cache_builder.formats.payloads import PayloadName
 from cache_builder.formats.sample import CachedSample, SampleInfo
 from cache_builder.formats.shards import TarShard
@@ -55,18 +62,34 @@ def array_problem(
     return f"{name.replace('_', ' ')} of {sample.key} are {found}, expected {shape} {dtype}"
 
 
-def open_unit(store: Store, spec: CacheSpec, unit: int, num_samples: int) -> Shard:
+def open_unit(
+    store: Store,
+    spec: CacheSpec,
+    unit: int,
+    claim: ShardInfo,
+    store_files: Sequence[FileDigest] = (),
+) -> Shard:
     """Open the samples of one finished unit.
+
+    What is read whole, the commit record of a tar and the small arrays of a Zarr store, is held
+    against its digest. Images, and the members of a tar, are not: `verify` does that.
+
+    Args:
+        store: Of the cache or layer.
+        spec: Of the cache or layer.
+        unit: Its number.
+        claim: What the manifest says of it, or would say by its commit record.
+        store_files: Digests of the metadata of the Zarr group, where they are known.
 
     Raises:
         ArtifactError: They are missing or damaged, or not as many as expected.
     """
     if spec.layout == "zarr":
-        return ZarrShard(store, spec, unit, num_samples)
-    record = read_model(UnitRecord, store, unit_record_name(unit))
-    if len(record.samples) != num_samples:
+        return ZarrShard(store, spec, unit, claim, store_files)
+    record = read_model(UnitRecord, store, unit_record_name(unit), claim.record)
+    if len(record.samples) != claim.num_samples:
         raise ArtifactError(
             f"{store.location}: unit {unit} lists {len(record.samples)} samples, the manifest "
-            f"says {num_samples}. Run `patchcache verify {store.location}`."
+            f"says {claim.num_samples}. Run `patchcache verify {store.location}`."
         )
     return TarShard(store, unit, record)

@@ -7,7 +7,7 @@ span of the unit's one file.
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence, Sized
 from functools import cached_property
 from typing import Any
 
@@ -16,31 +16,58 @@ from numpy.typing import NDArray
 
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.columns import ShardColumns
-from cache_builder.formats.manifest import CacheSpec, UnitRecord, read_model, unit_record_name
+from cache_builder.formats.headers import shorten
+from cache_builder.formats.manifest import (
+    CacheSpec,
+    FileDigest,
+    ShardInfo,
+    UnitRecord,
+    read_model,
+    unit_record_name,
+)
 from cache_builder.formats.payloads import PayloadName
 from cache_builder.formats.sample import CachedSample, SampleInfo
-from cache_builder.formats.zarr_store import STORE_NAME, open_group, part_bytes
+from cache_builder.formats.zarr_store import STORE_NAME, open_group, part_bytes, vouched_group
 from cache_builder.stores import RandomReader, Store
 
-_UNREADABLE = (OSError, KeyError, ValueError, RuntimeError)  # what zarr raises of damage
+# What zarr and its codecs raise of damage.
+_UNREADABLE = (
+    OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, MemoryError, SystemError,
+)  # fmt: skip
 
 
 class ZarrShard:
     """The samples of one unit: token ids in memory, the rest read when it is asked for."""
 
-    def __init__(self, store: Store, spec: CacheSpec, unit: int, num_samples: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        spec: CacheSpec,
+        unit: int,
+        claim: ShardInfo,
+        store_files: Sequence[FileDigest] = (),
+    ) -> None:
         """Read the token ids of one unit.
+
+        Args:
+            store: Where the group lies.
+            spec: Of the cache or layer.
+            unit: Its number.
+            claim: What the manifest says of it.
+            store_files: Digests of the metadata that units share, where they are known.
 
         Raises:
             ArtifactError: The store is missing or damaged.
         """
+        num_samples = claim.num_samples
         start = unit * spec.unit_size
         rows = slice(start, start + num_samples)
         self._store, self._unit = store, unit
         self._images: RandomReader | None = None
         self._name = f"{STORE_NAME}/images/{unit:06d}/c/0"
         try:
-            group = open_group(store)
+            group = vouched_group(store, spec, (*claim.files, *store_files))
             self._tokens: NDArray[np.uint16] = group["tokens"][rows]
             self._views: NDArray[np.int32] = group["views"][rows]
             self._labels: list[int] = group["labels"][rows].tolist()
@@ -51,12 +78,16 @@ class ZarrShard:
             if num_samples and spec.images_in_cache != "none":
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
                 self._images = store.open(self._name)
-            self._payloads = {
-                name: (array.payload, _Chunks(group[name], start, num_samples))
-                for name, array in spec.payload_arrays.items()
-            }
+            self._payloads = {}
+            if spec.payload_arrays:
+                large = open_group(store)
+                self._payloads = {
+                    name: (array.payload, _Chunks(large[name], start, num_samples))
+                    for name, array in spec.payload_arrays.items()
+                }
         except _UNREADABLE as exc:
             raise self._damaged(exc) from exc
+        self._check_rows(num_samples)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -139,13 +170,24 @@ class ZarrShard:
         data = self._images.read(start, stop - start)
         if len(data) < stop - start:
             raise ArtifactError(
-                f"{self._store.where(self._name)} ends before sample {self._keys[row]}."
+                f"{self._store.where(self._name)} ends before sample {self._keys[row]}. "
+                f"Run `patchcache verify {self._store.location}`."
             )
         return data
 
+    def _check_rows(self, num_samples: int) -> None:
+        """Refuse arrays that are shorter than the unit."""
+        arrays: list[Sized] = [self._tokens, self._views, self._labels, self._keys]
+        arrays += [self._extra] if self._extra else []
+        arrays += [self._spans] if self._images is not None else []
+        lengths = {len(array) for array in arrays}
+        if lengths != {num_samples}:
+            raise self._damaged(ValueError(f"arrays of {lengths} rows, expected {num_samples}"))
+
     def _damaged(self, exc: Exception) -> ArtifactError:
         return ArtifactError(
-            f"{self._store.where(STORE_NAME)}: unit {self._unit} cannot be read ({exc}). "
+            f"{self._store.where(STORE_NAME)}: unit {self._unit} cannot be read "
+            f"({shorten(str(exc)) or type(exc).__name__}). "
             f"Run `patchcache verify {self._store.location}`."
         )
 

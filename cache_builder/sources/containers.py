@@ -16,6 +16,7 @@ import zlib
 from typing import IO, Final
 
 from cache_builder.errors import SourceError
+from cache_builder.formats.headers import shorten
 from cache_builder.sources import remote
 from cache_builder.sources.names import MAX_IMAGE_BYTES, is_gzip, is_remote
 
@@ -48,7 +49,9 @@ class Container:
         try:
             return os.pread(self._handle, num_bytes, offset)
         except OSError as exc:
-            raise SourceError(f"{self.location} cannot be read: {exc.strerror}.") from exc
+            raise SourceError(
+                f"{self.location} cannot be read: {exc.strerror}. Restore it, or leave it out."
+            ) from exc
 
     def __enter__(self) -> "Container":
         """Return the container."""
@@ -114,7 +117,9 @@ class InflatedFile:
         try:
             data = self._file.read(num_bytes)
         except (OSError, EOFError, zlib.error) as exc:
-            raise SourceError(f"{self._name} cannot be read as a tar: {exc}") from exc
+            raise SourceError(
+                f"{self._name} cannot be read as a tar: {exc}. Restore it, or leave it out."
+            ) from exc
         self._position += len(data)
         if self._position > self._limit:
             raise SourceError(
@@ -195,10 +200,11 @@ def _open(location: str, wanted_bytes: int) -> Container:
         try:
             handle = os.open(location, os.O_RDONLY)
             return Container(location, os.fstat(handle).st_size, handle, is_copy=False)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # a name with a zero byte is a ValueError
+            reason = exc.strerror if isinstance(exc, OSError) else exc
             raise SourceError(
-                f"{location} cannot be opened: {exc.strerror}. Restore it and run the same command "
-                "again."
+                f"{shorten(location)} cannot be opened: {reason}. Restore it and run the "
+                "same command again."
             ) from exc
     found = remote.describe(location)
     if found.num_bytes is not None and found.has_ranges and 2 * wanted_bytes < found.num_bytes:

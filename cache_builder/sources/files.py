@@ -5,6 +5,7 @@ import stat
 from collections.abc import Iterator
 
 from cache_builder.errors import ImageError, NotServedError, SourceError
+from cache_builder.formats.headers import shorten
 from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources import names, remote
@@ -75,8 +76,9 @@ def _read_local(path: str) -> bytes | ImageError:
             return ImageError(problem)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             return file.read()
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # a name with a zero byte is a ValueError
+        number = getattr(exc, "errno", None) or 0
         raise SourceError(
-            f"{path} cannot be read: {exc.strerror or os.strerror(exc.errno or 0)}. It was there "
+            f"{shorten(path)} cannot be read: {os.strerror(number)}. It was there "
             "when the source was listed; restore it and run the same command again."
         ) from exc

@@ -88,7 +88,7 @@ def list_rows(
     Raises:
         SourceError: Two rows have one key.
     """
-    counted = _Counter(classes)
+    counted = _Counter(classes, location)
     ordered = SortedRows(map(counted.see, rows))
     _check_unique(((key, source) for key, source, *_ in ordered), location)
     size = unit_size or choose_unit_size(len(ordered))
@@ -116,7 +116,7 @@ def list_parts(
     Raises:
         SourceError: Two rows have one key.
     """
-    counted = _Counter(classes)
+    counted = _Counter(classes, location)
     spool = Spool()
     heads: list[_Head] = []
 
@@ -151,13 +151,16 @@ def choose_unit_size(num_samples: int) -> int:
 class _Counter:
     """Sees every row on its way."""
 
-    def __init__(self, classes: Classes) -> None:
+    def __init__(self, classes: Classes, location: str) -> None:
         self.extra = False
-        self._classes = classes
+        self._classes, self._location = classes, location
 
     def see(self, record: Record) -> Record:
         _, source, label, extra, _, _ = record
-        self._classes.add(label, source)
+        try:
+            self._classes.add(label, source)
+        except SourceError as exc:
+            raise SourceError(f"{self._location}: {exc}") from exc
         if extra:
             self.extra = True
         return tuple(record)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cache_builder.errors import ConfigError, ImageError, MissingDependencyError, SourceError
+from cache_builder.formats.headers import shorten
 from cache_builder.formats.keys import escape_key
 from cache_builder.formats.plan import PlanRow
 from cache_builder.prefetch import map_ahead
@@ -68,7 +69,7 @@ def scan_parquet(location: str, paths: list[str], unit_size: int | None) -> List
     parts = itertools.chain.from_iterable(found)
     listing = list_parts("parquet", location, parts, ValueClasses(columns.class_names))
     if not listing.info.num_samples:
-        raise SourceError(f"{location}: no Parquet file holds a row.")
+        raise SourceError(f"{location}: no Parquet file holds a row. Name others.")
     return listing
 
 
@@ -199,7 +200,7 @@ def _columns(file: Any, location: str) -> _Columns:
     if not candidates:
         raise SourceError(
             f"{location} has no column of images: a struct of `bytes` and `path`, or binary. "
-            f"Its columns are {', '.join(schema.names)}."
+            f"Its columns are {shorten(', '.join(schema.names))}. Name files that have one."
         )
     image = candidates[0]
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
@@ -258,7 +259,7 @@ def _batches(
 
     try:
         yield from file.iter_batches(batch_size, row_groups=[group], columns=columns)
-    except (pyarrow.ArrowException, OSError) as exc:
+    except (pyarrow.ArrowException, OSError, ValueError) as exc:
         raise _damaged(location, exc) from exc
 
 
@@ -274,7 +275,7 @@ def _opened(container: Container) -> Iterator[Any]:
         ) from exc
     try:
         file = parquet.ParquetFile(ContainerFile(container), buffer_size=_BUFFER_BYTES)
-    except (pyarrow.ArrowException, OSError) as exc:
+    except (pyarrow.ArrowException, OSError, ValueError) as exc:
         raise _damaged(container.location, exc) from exc
     with file:
         yield file
@@ -286,4 +287,7 @@ def _row_number(row: PlanRow) -> int:
 
 def _damaged(location: str, exc: Exception) -> SourceError:
     lines = str(exc).splitlines() or [type(exc).__name__]
-    return SourceError(f"{location} cannot be read as Parquet: {lines[0]}")
+    reason = shorten(lines[0].rstrip(". "))
+    return SourceError(
+        f"{location} cannot be read as Parquet: {reason}. Restore it, or leave it out."
+    )

@@ -55,14 +55,15 @@ def tar_members(stream: Stream, where: str) -> Iterator[TarMember]:
         header = parse_header(block)
         if header is None:
             raise SourceError(
-                f"{where} cannot be read as a tar: cut short or damaged at byte {position:,}"
+                f"{where} cannot be read as a tar: cut short or damaged at byte {position:,}. "
+                "Restore it, or leave it out."
             )
         position += BLOCK_BYTES
         if header.type in (b"L", b"K", b"x", b"g"):
             if header.num_bytes > _MAX_NAME_BYTES:
                 raise SourceError(
                     f"{where} cannot be read as a tar: the header at byte {position:,} claims "
-                    f"{header.num_bytes:,} bytes"
+                    f"{header.num_bytes:,} bytes. Restore it, or leave it out."
                 )
             content = stream.read(header.num_bytes)
             if header.type == b"L":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from cache_builder.errors import ConfigError, SourceError
+from cache_builder.formats.headers import shorten
 from cache_builder.formats.keys import escape_key
 from cache_builder.formats.plan import PlanRow
 from cache_builder.prefetch import map_ahead
@@ -57,7 +58,7 @@ def scan_tars(location: str, tars: list[str], unit_size: int | None) -> Listing:
         parts = map(_scan_tar, tars)
     listing = list_parts("webdataset", location, parts, ValueClasses())
     if not listing.info.num_samples:
-        raise SourceError(f"{location}: no tar holds an image.")
+        raise SourceError(f"{location}: no tar holds an image. Name others.")
     return listing
 
 
@@ -73,7 +74,9 @@ def read_member(tar: Container, row: PlanRow) -> bytes:
     data = tar.read(offset - BLOCK_BYTES, BLOCK_BYTES + num_bytes)
     header = parse_header(data[:BLOCK_BYTES])
     if header is None or not _is_header_of(header.name, row.source):
-        raise SourceError(f"{tar.location} has no member {row.source} any more. Restore the tar.")
+        raise SourceError(
+            f"{tar.location} has no member {shorten(row.source)} any more. Restore the tar."
+        )
     if len(data) < BLOCK_BYTES + num_bytes:
         raise SourceError(f"{tar.location} is cut short at member {row.source}.")
     return data[BLOCK_BYTES:]
@@ -167,7 +170,10 @@ def _label_and_extra(location: str, found: _Found) -> tuple[int | None, dict[str
             extra = clean_json(fields)
     except (ValueError, TypeError, RecursionError) as exc:
         name = found.members[extension].name
-        raise SourceError(f"{location}: The label in {name} cannot be read: {exc}") from exc
+        raise SourceError(
+            f"{location}: The label in {name} cannot be read: {shorten(str(exc))}. "
+            "Restore the tar, or leave it out."
+        ) from exc
     for text in sorted(_TEXTS & found.texts.keys()):
         extra.setdefault(text, found.texts[text].decode("utf-8", "replace"))
     # Negative numbers are in use for "no label".

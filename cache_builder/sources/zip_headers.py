@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from cache_builder.errors import ImageError, SourceError
+from cache_builder.formats.headers import shorten
 from cache_builder.sources.containers import Container
 from cache_builder.sources.names import MAX_IMAGE_BYTES
 
@@ -98,7 +99,9 @@ def read_zip_member(zip_file: Container, name: str, span: tuple[int, int]) -> by
     raw = data[_LOCAL.size : _LOCAL.size + n]
     names = (raw.decode("utf-8", "replace"), raw.decode("cp437"))
     if signature != b"PK\3\4" or name not in names:
-        raise SourceError(f"{zip_file.location} has no member {name} any more. Restore the zip.")
+        raise SourceError(
+            f"{zip_file.location} has no member {shorten(name)} any more. Restore the zip."
+        )
     start = _LOCAL.size + n + m
     packed_bytes = span_bytes - _LOCAL.size - n
     if len(data) < start + packed_bytes:
@@ -183,4 +186,6 @@ def _large_values(extra: bytes, size: int, packed: int, offset: int) -> tuple[in
 
 
 def _damaged(zip_file: Container, what: str) -> SourceError:
-    return SourceError(f"{zip_file.location} cannot be read as a zip: {what}")
+    return SourceError(
+        f"{zip_file.location} cannot be read as a zip: {what}. Restore it, or leave it out."
+    )

@@ -47,7 +47,7 @@ def scan_zips(location: str, zips: list[str], unit_size: int | None) -> Listing:
 
     listing = list_parts("zip", location, parts, FolderClasses(), cut)
     if not listing.info.num_samples:
-        raise SourceError(f"{location}: no zip holds an image.")
+        raise SourceError(f"{location}: no zip holds an image. Name others.")
     return listing
 
 

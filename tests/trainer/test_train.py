@@ -22,6 +22,7 @@ from cache_builder.errors import (
 )
 from cache_builder.stores import open_store
 from tests import factories
+from tests.clusters import descendants, wait_for_end
 from tests.trainer.caches import make_cache, tiny_config
 from trainer import checkpoint as checkpoints
 from trainer import train
@@ -142,6 +143,23 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint(cache, tmp_path):
     assert process.wait(timeout=30) == 0
     newest = checkpoints.latest(tmp_path)
     assert checkpoints.load(newest).header.progress.step == max(losses(tmp_path))
+
+
+def test_a_killed_run_leaves_no_worker_behind(cache, tmp_path):
+    program = TRAIN.replace("{", '{"steps": 100_000, ', 1)
+    program = program.replace("'color_jitter'", "'num_workers': 1, 'color_jitter'")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}  # noqa: PTH109
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(cache), str(tmp_path)], env=environment
+    )
+    while checkpoints.latest(tmp_path) is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    below = descendants(process.pid)
+    assert len(below) >= 2  # the fork server and the worker
+    process.kill()
+    process.wait()
+    wait_for_end(below, timeout_s=30)
 
 
 def test_a_finished_run_has_nothing_to_do(cache, tmp_path):

@@ -173,7 +173,7 @@ def _read_journal(path: Path) -> Iterator[_Line]:
                     str(fields[name]) for name in ("image", "model", "fingerprint")
                 )
                 yield _Line(len(text), image, model, fingerprint, ids)
-            except (ValueError, KeyError, TypeError, OverflowError) as exc:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
                 raise ArtifactError(
                     f"{path} is not what `patchcache tokenize` writes. Pass another --out."
                 ) from exc

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from cache_builder.errors import ArtifactError, ImageError, SourceError
+from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.formats.sample import from_npy
 from cache_builder.imaging import decode
 from cache_builder.sources import names, zip_headers
+from cache_builder.sources.reading import read_unit
 from tests import factories
 from tests.listings import listed, read_all, rows_of
 
@@ -297,3 +299,23 @@ def test_a_pipe_that_a_list_names_is_recorded(tmp_path):
     os.mkfifo(folder / "pipe.png")
     images = read_all(folder / "list.txt")
     assert images == {"good": GOOD, "pipe": "it is a named pipe, not a file"}
+
+
+def test_a_plan_that_names_a_file_as_no_file_system_can_is_answered_by_name(tmp_path):
+    unit = PlanUnit(unit=0, container="a\0b.tar", rows=(PlanRow(key="a", source="a.png"),))
+    with pytest.raises(SourceError, match=r"a\\x00b.tar cannot be opened: .*Restore it"):
+        list(read_unit("", unit))
+    folder = PlanUnit(unit=0, rows=(PlanRow(key="a", source="a\0.png"),))
+    with pytest.raises(SourceError, match=r"a\\x00.png cannot be read: .*restore it"):
+        list(read_unit(str(tmp_path), folder))
+
+
+def test_a_label_that_is_no_class_is_told_with_its_source(tmp_path):
+    tar = factories.write_tar(tmp_path / "t.tar", [("a.png", GOOD), ("a.cls", b"8589934595")])
+    with pytest.raises(SourceError, match=r"t.tar: .*label 8,589,934,595.*Mend the label"):
+        listed(tar)
+
+
+def test_an_error_that_quotes_a_hostile_name_is_one_line_for_any_terminal():
+    assert str(SourceError("a\nb\x1b[31m")) == "a\\nb\\x1b[31m"
+    assert str(SourceError("\u20ac is fine")) == "\u20ac is fine"

@@ -38,7 +38,7 @@ FAILING_SHARE = 0.05  # of the requests to the object store
 AMPLE = "128m"
 GIVE_UP_S = 900.0  # on a busy machine
 REFUSALS = (400, 413, 415, 422)
-TRY_LATER = (503, 504)
+TRY_LATER = (429, 503, 504)
 
 
 class Work(Protocol):

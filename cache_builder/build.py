@@ -82,7 +82,6 @@ class BuildSummary(NamedTuple):
 
     manifest: CacheManifest
     num_units_kept: int
-    num_samples_built: int
 
 
 Progress = Callable[[UnitReport, int], None]
@@ -168,7 +167,6 @@ def build_targets(
     return BuildSummary(
         manifest=manifest,
         num_units_kept=sum(report.was_there for report in reports),
-        num_samples_built=sum(r.num_samples for r in reports if not r.was_there),
     )
 
 

@@ -94,12 +94,6 @@ def summarise(unit: int, record: UnitRecord) -> UnitSummary:
     return UnitSummary(unit, shard, record.skipped, record.soft, record.features)
 
 
-def read_summaries(store: Store, num_units: int) -> list[UnitSummary]:
-    """Read what the manifest says of every unit from the commit records."""
-    names = (unit_record_name(unit) for unit in range(num_units))
-    return [summarise(unit, read_model(UnitRecord, store, name)) for unit, name in enumerate(names)]
-
-
 def write_manifest(
     store: Store,
     plan: BuildPlan,

@@ -76,7 +76,7 @@ def run(options: ExtendOptions, progress: Progress | None = None) -> BuildSummar
         plan = read_model(BuildPlan, store, PLAN_NAME)
         layers = _missing(options, _tokenizers(options, store, manifest))
         if not layers:
-            return BuildSummary(manifest, num_units_kept=0, num_samples_built=0)
+            return BuildSummary(manifest, num_units_kept=0)
         for layer in layers:
             settle_layer(layer_store(store, layer.name), plan, layer)
         task = BuildTask(

@@ -12,17 +12,23 @@ from PIL import Image
 
 from cache_builder import build
 from cache_builder.build_worker import BuildTask, BuildWorker
-from cache_builder.commit import describe_layer, read_summaries, write_manifest
+from cache_builder.commit import UnitSummary, describe_layer, summarise, write_manifest
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
-from cache_builder.formats.manifest import CacheManifest, read_model, to_json, unit_record_name
+from cache_builder.formats.manifest import (
+    CacheManifest,
+    UnitRecord,
+    read_model,
+    to_json,
+    unit_record_name,
+)
 from cache_builder.formats.plan import BuildPlan
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode, patchify
 from cache_builder.planning import settle_plan
 from cache_builder.sources import Listing, open_source
-from cache_builder.stores import join_location, open_store
+from cache_builder.stores import Store, join_location, open_store
 from cache_builder.tokenizers.features import FeatureOptions, make_extractor
 
 PATCH = 4  # side of a patch of the drawn pictures
@@ -204,6 +210,12 @@ def make_worker(cache_dir: Path, plan: BuildPlan, **task: Any) -> BuildWorker:
     """Return a worker of a planned build, on the CPU."""
     told = {"images": plan.spec.source.location, "names": ("",), "device": "cpu"} | task
     return BuildWorker(BuildTask(cache=str(cache_dir), **told))
+
+
+def read_summaries(store: Store, num_units: int) -> list[UnitSummary]:
+    """Read what the manifest says of every unit from the commit records."""
+    names = (unit_record_name(unit) for unit in range(num_units))
+    return [summarise(unit, read_model(UnitRecord, store, name)) for unit, name in enumerate(names)]
 
 
 def finish(cache_dir: Path) -> CacheManifest:

@@ -260,7 +260,7 @@ def test_workers_on_ray_give_the_same_bytes_as_one_process(tmp_path, codebook_pa
         lambda report, total: told.append((report.unit, total)),
     )
     assert factories.contents(tmp_path / "cache") == factories.contents(tmp_path / "alone")
-    assert (summary.num_samples_built, summary.num_units_kept) == (5, 0)
+    assert summary.num_units_kept == 0
     assert sorted(told) == [(0, 5), (1, 5), (2, 5)]
 
 

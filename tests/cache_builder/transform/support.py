@@ -3,7 +3,7 @@
 from functools import partial
 
 from cache_builder import build, transform
-from cache_builder.commit import describe_layer, layer_name, layer_store, read_summaries
+from cache_builder.commit import describe_layer, layer_name, layer_store
 from cache_builder.commit import write_manifest as finish_store
 from cache_builder.formats import Codebook, TokenCache
 from cache_builder.formats.manifest import CacheManifest
@@ -55,7 +55,7 @@ def extend(cache_dir, num_views):
     worker = factories.make_worker(cache_dir, plan, names=(name,))
     for unit in range(plan.num_units):
         worker.run(unit)
-    manifest = finish_store(below, layer, read_summaries(below, plan.num_units))
+    manifest = finish_store(below, layer, factories.read_summaries(below, plan.num_units))
     build.publish_layers(store, (describe_layer(name, manifest),))
 
 

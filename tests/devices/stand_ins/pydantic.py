@@ -2,8 +2,8 @@
 
 Machines with a GPU often come with torch and little else, and cannot download. There the GPU
 targets take this module for `pydantic`: models are filled from names, defaults and nested values,
-validators that look at a whole model are run, and nothing else is checked. Tests and benchmarks
-that make their own settings ask for no more.
+validators of a whole model and of an annotated field are run, and nothing else is checked. Tests
+and benchmarks that make their own settings ask for no more.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 _MISSING: Any = object()
 
 JsonValue = Any
+NonNegativeInt = int
 SerializerFunctionWrapHandler = Callable[[Any], dict[str, Any]]
 
 
@@ -54,6 +55,14 @@ class _AsAny:
 
 
 SerializeAsAny = _AsAny
+
+
+class AfterValidator:
+    """What looks at the value of an annotated field, and may change it."""
+
+    def __init__(self, look: Callable[[Any], Any]) -> None:
+        """Take the function that does it."""
+        self.look = look
 
 
 def model_validator(*, mode: str) -> Callable[[Any], Any]:
@@ -100,7 +109,10 @@ class BaseModel:
         if unknown and self._extra == "forbid":
             raise ValidationError(f"unknown keys: {', '.join(sorted(unknown))}")
         for name, field in self.model_fields.items():
-            value = _filled(field.annotation, values[name]) if name in values else field.value()
+            try:
+                value = _filled(field.annotation, values[name]) if name in values else field.value()
+            except ValueError as exc:
+                raise ValidationError(str(exc)) from exc
             self.__dict__[name] = value
         for method in _marked(type(self), "validates"):
             try:
@@ -161,7 +173,10 @@ def _filled(hint: Any, value: Any) -> Any:
     """Return a value as the hint has it: models of mappings, tuples of lists."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _filled(args[0], value)
+        value = _filled(args[0], value)
+        for mark in args[1:]:
+            value = mark.look(value) if isinstance(mark, AfterValidator) else value
+        return value
     if origin in (Union, UnionType):
         others = [arg for arg in args if arg is not NoneType]
         return value if value is None else _filled(others[0], value)

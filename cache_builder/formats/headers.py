@@ -4,10 +4,14 @@ A version is looked at before anything else is, so that a file of a newer patchc
 and not damaged.
 """
 
-from pydantic import BaseModel, Field, ValidationError
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from cache_builder.errors import ArtifactError, FormatVersionError
 
+_NAME = re.compile(r"[A-Za-z0-9_.-][A-Za-z0-9_./-]{0,500}")
 _MAX_SHOWN = 200  # characters of what a damaged file says
 
 
@@ -47,6 +51,15 @@ def shorten(text: str) -> str:
     """Return what a damaged file says as a part of one readable line."""
     shown = text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
     return shown if shown.isprintable() else ascii(shown)[1:-1]
+
+
+def _check_name(path: str) -> str:
+    if not _NAME.fullmatch(path) or ".." in path:
+        raise ValueError(f"{shorten(path)} is no name of a file of a cache")
+    return path
+
+
+FileName = Annotated[str, AfterValidator(_check_name)]  # of a file that lies below its cache
 
 
 class VersionOnly(BaseModel, frozen=True):

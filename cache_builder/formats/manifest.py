@@ -13,17 +13,14 @@ Nothing about a cache is inferred from file names, listing order or times. If a 
 know it, it is a field here. No field depends on when, where or how fast the build ran: the same
 inputs give the same bytes.
 
-Fields of what a cache does not have (`soft`, `features`, `has_extra`, `extra`, ...) are left out of
-the files, not written as null.
+Fields of what a cache does not have (`soft`, `features`, `extra`, ...) are left out, not null.
 """
 
-import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     Field,
     JsonValue,
@@ -35,7 +32,7 @@ from pydantic import (
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.headers import check_format_version, first_problem, shorten
+from cache_builder.formats.headers import FileName, check_format_version, first_problem, shorten
 from cache_builder.formats.payloads import (
     FeatureSpec,
     FeatureTotals,
@@ -57,8 +54,6 @@ SKIPPED_NAME = "skipped.jsonl"
 Layout = Literal["webdataset", "zarr"]
 ImagesInCache = Literal["original", "resized", "none"]
 SourceKind = Literal["folder", "webdataset", "zip", "parquet", "list", "cache"]
-
-_NAME = re.compile(r"[A-Za-z0-9_.-][A-Za-z0-9_./-]{0,500}")
 
 Content = bytes  # where a field of that name hides the type
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -127,13 +122,6 @@ class CacheSpec(LeavesOutUnset, frozen=True, extra="forbid"):
         return ("tokens", "views", *image, *soft, *features)
 
 
-def _check_name(path: str) -> str:
-    """Refuse the name of a file that would not lie below its cache."""
-    if not _NAME.fullmatch(path) or ".." in path:
-        raise ValueError(f"{shorten(path)} is no name of a file of a cache")
-    return path
-
-
 class _Planned(BaseModel, frozen=True):
     """What `plan.json` says that the manifest says too."""
 
@@ -145,7 +133,7 @@ class _Planned(BaseModel, frozen=True):
 class FileDigest(BaseModel, frozen=True, extra="forbid"):
     """A file of a cache, path relative to it."""
 
-    path: Annotated[str, AfterValidator(_check_name)]
+    path: FileName
     bytes: int = Field(ge=0)
     sha256: str
 
@@ -400,9 +388,8 @@ def read_model(
     try:
         text = store.read(name)
     except FileNotFoundError as exc:
-        raise ArtifactError(
-            f"{place} is missing. Run the same `patchcache build` command again."
-        ) from exc
+        told = f"{place} is missing. Run the same `patchcache build` command again."
+        raise ArtifactError(told) from exc
     if "format_version" in model.model_fields:
         check_format_version(text, FORMAT_VERSION, place, way_out=way_out)
     if expected and (problem := expected.problem(text)):

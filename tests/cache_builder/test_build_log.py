@@ -76,7 +76,7 @@ def test_a_run_of_build_adds_a_line_beside_the_cache(tmp_path, codebook_path, ra
     ("raised", "outcome", "error"),
     [
         (SourceError("photo.jpg cannot be read.\nmore"), "failed",
-         "SourceError: photo.jpg cannot be read."),
+         "SourceError: photo.jpg cannot be read.\\nmore"),
         (KeyboardInterrupt(), "stopped", ""),
     ],
 )  # fmt: skip

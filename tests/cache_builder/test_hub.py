@@ -159,7 +159,7 @@ def test_a_manifest_cannot_name_files_outside_of_the_cache(tmp_path, server, cac
     manifest = json.loads(server.files(PLACE)["manifest.json"])
     manifest["shards"][0]["files"][0]["path"] = name
     server.replace(PLACE, "manifest.json", json.dumps(manifest).encode())
-    with pytest.raises(ArtifactError, match="is no file below a cache"):
+    with pytest.raises(ArtifactError, match=r"is no (name of a file of|file below) a cache"):
         hub_pull.pull_cache(at(server), tmp_path / "in" / "back")
     assert not list(tmp_path.rglob("out"))
 

@@ -28,7 +28,7 @@ _PAUSE_S = 2.0
 _COMMANDS = {
     "/gcs_server": "Ray: gcs_server",
     "/raylet ": "Ray: raylets",
-    "ray::_Actor": "Ray: build workers",
+    "ray::UnitActor": "Ray: build workers",
     "ray::": "Ray: idle workers",
     "default_worker.py": "Ray: idle workers",
     "/ray/": "Ray: others",

@@ -179,7 +179,7 @@ def test_a_bad_file_of_keys_is_refused_without_repeating_it(tmp_path, content, m
 
 
 def test_a_missing_file_of_keys_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"none: No such file or directory\.$"):
+    with pytest.raises(ConfigError, match=r"none: No such file or directory\. Pass [^\n]*\.$"):
         Access(AccessOptions(admin_key_file=tmp_path / "none"))
 
 

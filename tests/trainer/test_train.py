@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(cache, tmp_
     factories.flip_byte(newest)
     assert train.run(config, cache, tmp_path).steps == 12
     assert re.search(
-        rf"{newest.name}: member .* is damaged.*from step_00000008.pt instead", caplog.text
+        rf"{newest.name} is damaged.* member .*from step_00000008.pt instead", caplog.text
     )
     assert losses(tmp_path) == undisturbed[0]
     assert_equal_weights(weights(newest), undisturbed[1])

@@ -6,7 +6,7 @@ Our own layers (keys, request ids, records) are around both ways, and routes wit
 path go the long one.
 """
 
-from typing import Any
+from functools import cached_property
 
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
@@ -18,22 +18,15 @@ from tokenizers_svc.queries import DirectRoute
 
 
 class Application(FastAPI):
-    """An application whose `DirectRoute`s of a fixed path are answered without FastAPI's layers."""
+    """An application whose `DirectRoute`s of a fixed path are answered without FastAPI's layers.
 
-    def __init__(self, **options: Any) -> None:
-        """Begin with nothing; routes and layers are complete before the first request."""
-        super().__init__(**options)
-        self._direct: dict[tuple[str, str], DirectRoute] | None = None
+    Routes and layers are complete before the first request.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the life of the server."""
-        if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
-            return
-        if self._direct is None:
-            self._direct = self._find_direct()
-            self._layers = self._wrapped(answer_directly)
-        route = self._direct.get((scope["method"], scope["path"]))
+        is_http = scope["type"] == "http"
+        route = self._direct.get((scope["method"], scope["path"])) if is_http else None
         if route is None:
             await super().__call__(scope, receive, send)
             return
@@ -41,7 +34,8 @@ class Application(FastAPI):
         scope["route"] = route
         await self._layers(scope, receive, send)
 
-    def _find_direct(self) -> dict[tuple[str, str], DirectRoute]:
+    @cached_property
+    def _direct(self) -> dict[tuple[str, str], DirectRoute]:
         return {
             (method, route.path): route
             for route in self.routes
@@ -49,8 +43,10 @@ class Application(FastAPI):
             for method in route.methods or ()
         }
 
-    def _wrapped(self, app: ASGIApp) -> ASGIApp:
-        """Return `app` inside of what `add_middleware` was given."""
+    @cached_property
+    def _layers(self) -> ASGIApp:
+        """What `add_middleware` was given, around `answer_directly`."""
+        app: ASGIApp = answer_directly
         for layer in reversed(self.user_middleware):
             app = layer.cls(app, *layer.args, **layer.kwargs)
         return app

@@ -23,7 +23,6 @@ be on its way.
 import asyncio
 import functools
 import http
-import uuid
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Literal
@@ -42,6 +41,7 @@ from tokenizers_svc.heads import (
     too_many_fields,
 )
 from tokenizers_svc.limits import Limits
+from tokenizers_svc.middleware import new_request_id
 from tokenizers_svc.problems import ProblemError, problem_response
 
 _MAX_SEND_TIMES: Final = 10
@@ -312,7 +312,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unanswered.clear()
 
     def _say(self, problem: ProblemError) -> None:
-        request_id = uuid.uuid4().hex
+        request_id = new_request_id()
         answer = problem_response(problem, request_id)
         status = http.HTTPStatus(problem.status)
         headers = [*answer.raw_headers, (b"x-request-id", request_id.encode())]

@@ -78,7 +78,8 @@ class LineHandler(logging.StreamHandler[TextIO]):
 
     def flush(self) -> None:
         """Write what there is."""
-        with self.lock or contextlib.nullcontext():
+        assert self.lock
+        with self.lock:
             text = "".join(self._lines)
             self._lines.clear()
             self._due_in = None

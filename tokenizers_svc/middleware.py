@@ -71,7 +71,9 @@ class CommonHeaders:
 
 def _request_id(scope: Scope) -> str:
     offered = Headers(scope=scope).get("x-request-id", "")
-    if _HARMLESS_ID.fullmatch(offered):
-        return offered
-    # No secret: it tells two requests apart, and asks the kernel for nothing.
+    return offered if _HARMLESS_ID.fullmatch(offered) else new_request_id()
+
+
+def new_request_id() -> str:
+    """Return what tells a request apart from others: no secret, and nothing asked of the kernel."""
     return f"{random.getrandbits(128):032x}"

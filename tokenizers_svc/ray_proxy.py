@@ -5,7 +5,6 @@ there, and when the one that had a request has died. It takes this module into i
 which therefore imports little.
 """
 
-import uuid
 from collections.abc import Iterable
 from typing import Final
 
@@ -14,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokenizers_svc.middleware import new_request_id
 from tokenizers_svc.problems import ProblemError, problem_response
 
 _NOBODY: Final = ("not-ready", "No replica serves here now: the service starts or has stopped.")
@@ -81,7 +81,7 @@ def _problem(code: str, detail: str, headers: Iterable[tuple[bytes, bytes]]) -> 
     """Return a problem with the request id that the proxy gave."""
     known = Headers(raw=list(headers))
     error = ProblemError(code, detail, headers={"Retry-After": known.get("retry-after", "1")})
-    request_id = known.get("x-request-id") or uuid.uuid4().hex
+    request_id = known.get("x-request-id") or new_request_id()
     response = problem_response(error, request_id)
     response.headers["X-Request-Id"] = request_id
     response.headers["X-Content-Type-Options"] = "nosniff"

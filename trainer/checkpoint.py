@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue
 from timm.models.vision_transformer import VisionTransformer
 
 from cache_builder import files
@@ -27,7 +27,6 @@ from cache_builder.errors import (
     TokenizerMismatchError,
 )
 from cache_builder.formats import CacheManifest
-from cache_builder.formats.headers import first_problem
 from cache_builder.stores import absolute_location
 from trainer.config import TrainConfig, differences, parse_config
 from trainer.model import VitSpec, build_vit
@@ -236,12 +235,7 @@ def load(path: str | Path, content: bytes | None = None) -> Checkpoint:
         )
 
     saved = read_saved(path, FORMAT_VERSION, way_out=_WAY_OUT, content=content)
-    try:
-        header = Header.model_validate_json(saved.header)
-    except ValidationError as exc:
-        raise ArtifactError(
-            f"{path} is damaged or not a checkpoint: {first_problem(exc)}. {_WAY_OUT}"
-        ) from exc
+    header = saved.parse_header(Header)
     saved.require("model", "optimizer")
     average = saved.parts.get("average")
     return Checkpoint(header, saved.parts["model"], saved.parts["optimizer"], average)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue
 
 from cache_builder import files
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.headers import first_problem
 from trainer.config import Init
 from trainer.saved import read_saved
 
@@ -120,11 +119,6 @@ def load(path: Path) -> Finetuned:
             f"There is no checkpoint at {path}. Pass the --out of `patchcache finetune`."
         )
     saved = read_saved(path, FORMAT_VERSION, way_out=way_out)
-    try:
-        header = Header.model_validate_json(saved.header)
-    except ValidationError as exc:
-        raise ArtifactError(
-            f"{path} is damaged or not a checkpoint: {first_problem(exc)}. {way_out}"
-        ) from exc
+    header = saved.parse_header(Header)
     saved.require("model", "optimizer")
     return Finetuned(header, saved.parts["model"], saved.parts["optimizer"], saved.parts.get("ema"))

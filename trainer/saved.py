@@ -11,12 +11,13 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from cache_builder.errors import ArtifactError
-from cache_builder.formats.headers import check_format_version, shorten
+from cache_builder.formats.headers import check_format_version, first_problem, shorten
 
 # What zipfile and torch raise of damaged files, and of forged ones: the pickle of a file may be
 # anything, and weights_only interprets it in Python.
@@ -27,6 +28,9 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
+HeaderT = TypeVar("HeaderT", bound=BaseModel)
+
+
 class Saved(NamedTuple):
     """What a file holds."""
 
@@ -34,6 +38,17 @@ class Saved(NamedTuple):
     way_out: str  # what to do about a damaged one
     header: str  # JSON
     parts: dict[str, Any]  # dictionaries of tensors and plain values, or None
+
+    def parse_header(self, kind: type[HeaderT]) -> HeaderT:
+        """Return the header.
+
+        Raises:
+            ArtifactError: It is none of that kind.
+        """
+        try:
+            return kind.model_validate_json(self.header)
+        except ValidationError as exc:
+            raise _damaged(self.path, first_problem(exc), self.way_out) from exc
 
     def require(self, *names: str) -> None:
         """Refuse a file without some of its parts.
@@ -44,7 +59,7 @@ class Saved(NamedTuple):
         wrong = [name for name in names if self.parts.get(name) is None]
         wrong += [name for name, part in self.parts.items() if not isinstance(part, dict | None)]
         if wrong:
-            raise _damaged(self.path, f"it has no {wrong[0]!r}", self.way_out)
+            raise _damaged(self.path, shorten(f"it has no {wrong[0]!r}"), self.way_out)
 
 
 def read_saved(path: Path, newest: int, *, way_out: str, content: bytes | None = None) -> Saved:
@@ -70,12 +85,12 @@ def read_saved(path: Path, newest: int, *, way_out: str, content: bytes | None =
             packed = [info for info in archive.infolist() if info.compress_type]
             damaged = packed[0].filename if packed else archive.testzip()
         if damaged is not None:
-            raise _damaged(path, f"member {damaged} is damaged", way_out)
+            raise _damaged(path, shorten(f"member {damaged} is damaged"), way_out)
         parts = torch.load(file(), map_location="cpu", weights_only=True)
     except _UNREADABLE as exc:
         # The first line: torch adds advice of its own, and the stack of its C++.
         reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(".")
-        raise _damaged(path, reason, way_out) from exc
+        raise _damaged(path, shorten(reason), way_out) from exc
     if not isinstance(parts, dict) or not isinstance(parts.get("header"), str):
         raise _damaged(path, "it has no header", way_out)
     header = parts.pop("header")
@@ -84,4 +99,4 @@ def read_saved(path: Path, newest: int, *, way_out: str, content: bytes | None =
 
 
 def _damaged(path: Path, reason: str, way_out: str) -> ArtifactError:
-    return ArtifactError(f"{path} is damaged or not a checkpoint: {shorten(reason)}. {way_out}")
+    return ArtifactError(f"{path} is damaged or not a checkpoint: {reason}. {way_out}")

@@ -10,15 +10,10 @@ from pydantic import BaseModel, Field, JsonValue, model_validator
 from cache_builder.formats.views import Interpolation
 
 FORMAT_VERSION = 1
-
+PLUGIN_PREFIX = "plugin:"
+FOREIGN_PREFIX = "foreign:"
 
 Metric = Literal["l2", "cosine"]
-
-
-PLUGIN_PREFIX = "plugin:"
-
-
-FOREIGN_PREFIX = "foreign:"
 
 
 class PixelRule(BaseModel, frozen=True, extra="forbid"):

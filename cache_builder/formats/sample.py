@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from cache_builder.errors import ArtifactError, ConfigError
 from cache_builder.formats.payloads import restore_features
+from cache_builder.stores import RandomReader
 
 # What numpy raises of a damaged header: it is parsed as Python, and its type as a type of numpy.
 BAD_NPY_HEADER = (
@@ -63,6 +64,30 @@ class NewSample(NamedTuple):
     image_extension: str  # of the embedded image: jpg, png, ...; empty when there is none
     source: str
     image_size: tuple[int, int]  # (height, width) of the decoded picture
+
+
+def read_sample(
+    file: RandomReader, start: int, stop: int, key: str, where: str, location: str
+) -> bytes:
+    """Return a part of a file of many samples.
+
+    Args:
+        file: The file.
+        start: First byte.
+        stop: Behind the last byte.
+        key: Of the sample that lies there, for the message.
+        where: The file lies, for the message.
+        location: Of its cache.
+
+    Raises:
+        ArtifactError: The file ends before.
+    """
+    data = file.read(start, stop - start)
+    if len(data) < stop - start:
+        raise ArtifactError(
+            f"{where} ends before sample {key}. Run `patchcache verify {location}`."
+        )
+    return data
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

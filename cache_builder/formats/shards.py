@@ -35,6 +35,7 @@ from cache_builder.formats.sample import (
     SampleInfo,
     from_npy,
     npy_bytes,
+    read_sample,
 )
 from cache_builder.formats.tar_stream import TarStream
 from cache_builder.stores import RandomReader, Store
@@ -272,13 +273,7 @@ class TarShard:
             yield start, stop, entries
 
     def _bytes(self, start: int, stop: int, key: str) -> bytes:
-        data = self._file.read(start, stop - start)
-        if len(data) < stop - start:
-            raise ArtifactError(
-                f"{self._path} ends before sample {key}. "
-                f"Run `patchcache verify {self._store.location}`."
-            )
-        return data
+        return read_sample(self._file, start, stop, key, self._path, self._store.location)
 
     def info(self, row: int) -> SampleInfo:
         """Return what a sample's JSON says beside its label.

@@ -26,7 +26,7 @@ from cache_builder.formats.manifest import (
     unit_record_name,
 )
 from cache_builder.formats.payloads import PayloadName
-from cache_builder.formats.sample import CachedSample, SampleInfo
+from cache_builder.formats.sample import CachedSample, SampleInfo, read_sample
 from cache_builder.formats.zarr_store import STORE_NAME, open_group, part_bytes, vouched_group
 from cache_builder.stores import RandomReader, Store
 
@@ -167,13 +167,8 @@ class ZarrShard:
         if self._images is None:
             return None
         start, stop = self._spans[row]
-        data = self._images.read(start, stop - start)
-        if len(data) < stop - start:
-            raise ArtifactError(
-                f"{self._store.where(self._name)} ends before sample {self._keys[row]}. "
-                f"Run `patchcache verify {self._store.location}`."
-            )
-        return data
+        where = self._store.where(self._name)
+        return read_sample(self._images, start, stop, self._keys[row], where, self._store.location)
 
     def _check_rows(self, num_samples: int) -> None:
         """Refuse arrays that are shorter than the unit."""

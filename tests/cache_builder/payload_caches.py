@@ -3,22 +3,19 @@
 import numpy as np
 
 from cache_builder.formats import TokenCache
+from tests.cache_builder import builds
 
 ARRAYS = ("token_ids", "soft_ids", "soft_probs", "features", "feature_scales")
 
 
 def settings(tmp_path, **changes):
-    defaults = {
-        "images": str(tmp_path / "images"),
-        "codebook": tmp_path / "codebook.safetensors",
-        "out": tmp_path / "cache",
+    payloads = {
         "num_views": 2,
-        "unit_size": 2,
         "soft_top_k": 4,
         "soft_temperature": 0.5,
         "store_features": "int8",
     }
-    return defaults | changes
+    return builds.settings(tmp_path, **(payloads | changes))
 
 
 def samples_of(cache_dir, **options):

@@ -12,9 +12,7 @@ from PIL import ExifTags, Image
 from cache_builder import imaging
 from cache_builder.errors import ImageError
 from cache_builder.image_types import image_extension
-from cache_builder.imaging import (
-    decode,
-)
+from cache_builder.imaging import decode
 from tests.cache_builder.encoded import (
     JPEGS,
     PHOTO,

@@ -10,9 +10,7 @@ import torch
 from PIL import Image
 
 from cache_builder import imaging
-from cache_builder.imaging import (
-    decode,
-)
+from cache_builder.imaging import decode
 from tests.cache_builder.encoded import (
     JPEGS,
     PHOTO,

@@ -181,15 +181,20 @@ def tar_order(data: bytes, rng: Rng) -> bytes:
     blocks = [data[i : i + tarfile.BLOCKSIZE] for i in range(0, len(data), tarfile.BLOCKSIZE)]
     if len(blocks) < 2:
         return data
-    first, second = (int(i) for i in rng.integers(len(blocks), size=2))
+    return _disordered(blocks, rng)
+
+
+def _disordered(parts: list[bytes], rng: Rng) -> bytes:
+    """Join parts of which one is left out or repeated, or two are exchanged."""
+    first, second = (int(i) for i in rng.integers(len(parts), size=2))
     kind = rng.integers(3)
     if kind == 0:
-        del blocks[first]
+        del parts[first]
     elif kind == 1:
-        blocks.insert(second, blocks[first])
+        parts.insert(second, parts[first])
     else:
-        blocks[first], blocks[second] = blocks[second], blocks[first]
-    return b"".join(blocks)
+        parts[first], parts[second] = parts[second], parts[first]
+    return b"".join(parts)
 
 
 _ZIP_FIELDS = {
@@ -275,17 +280,7 @@ def npy_header(data: bytes, rng: Rng) -> bytes:
 def lines(data: bytes, rng: Rng) -> bytes:
     """Leave out, repeat or exchange lines of a text."""
     parts = data.splitlines(keepends=True)
-    if not parts:
-        return data
-    first, second = (int(i) for i in rng.integers(len(parts), size=2))
-    kind = rng.integers(3)
-    if kind == 0:
-        del parts[first]
-    elif kind == 1:
-        parts.insert(second, parts[first])
-    else:
-        parts[first], parts[second] = parts[second], parts[first]
-    return b"".join(parts)
+    return _disordered(parts, rng) if parts else data
 
 
 FORGERS = (zip_member,)

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from cache_builder import build
-from cache_builder.errors import (
-    ConfigError,
-)
+from cache_builder.errors import ConfigError
 from cache_builder.formats import Codebook, TokenCache
 from cache_builder.formats.manifest import CacheManifest
 from cache_builder.ray_cluster import ClusterOptions

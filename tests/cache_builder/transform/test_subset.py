@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 
-from cache_builder.errors import (
-    ConfigError,
-)
+from cache_builder.errors import ConfigError
 from cache_builder.formats.manifest import CacheManifest, UnitRecord
 from cache_builder.formats.plan import PlanUnit
-from cache_builder.transform import (
-    SubsetOptions,
-)
+from cache_builder.transform import SubsetOptions
 from tests import factories
 from tests.cache_builder.transform.support import (
     LAYOUTS,

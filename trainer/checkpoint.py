@@ -15,7 +15,6 @@ import logging
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import torch
 from pydantic import BaseModel, Field, JsonValue
 from timm.models.vision_transformer import VisionTransformer
 
@@ -30,7 +29,7 @@ from cache_builder.formats import CacheManifest
 from cache_builder.stores import absolute_location
 from trainer.config import TrainConfig, differences, parse_config
 from trainer.model import VitSpec, build_vit
-from trainer.saved import read_saved
+from trainer.saved import read_saved, write_saved
 
 logger = logging.getLogger(__name__)
 
@@ -156,14 +155,12 @@ def save(out_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     What there is of later steps was damaged, or this one would have been resumed from it.
     """
     path = path_of(out_dir, checkpoint.header.progress.step)
-    content = {
-        "header": files.canonical_json(checkpoint.header.model_dump(mode="json")).decode(),
+    parts = {
         "model": checkpoint.model,
         "optimizer": checkpoint.optimizer,
         "average": checkpoint.average,
     }
-    with files.publishing(path) as file:
-        torch.save(content, file)
+    write_saved(path, checkpoint.header, parts)
     found = sorted(path.parent.glob(_PATTERN))
     kept = [other for other in found if other <= path][-keep:]
     for other in set(found).difference(kept):

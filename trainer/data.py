@@ -262,7 +262,7 @@ class CachedViews:
         except ImageError as exc:
             raise ArtifactError(
                 f"{self._cache_path}: the image of {sample.key} is not the one that was tokenised: "
-                f"{exc}. Run `patchcache verify {self._cache_path}`."
+                f"{str(exc).rstrip('.')}. Run `patchcache verify {self._cache_path}`."
             ) from exc
 
     def _image_of(self, sample: CachedSample, shard: int) -> bytes:

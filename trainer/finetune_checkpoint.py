@@ -9,13 +9,11 @@ against their checksums, and only tensors and plain values are read back.
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import torch
 from pydantic import BaseModel, Field, JsonValue
 
-from cache_builder import files
 from cache_builder.errors import ArtifactError
 from trainer.config import Init
-from trainer.saved import read_saved
+from trainer.saved import read_saved, write_saved
 
 FORMAT_VERSION: Final = 1
 
@@ -65,11 +63,8 @@ class Finetuned(NamedTuple):
 def save(out_dir: Path, checkpoint: Finetuned, *, keep: int) -> Path:
     """Write a checkpoint, then remove all but the newest `keep`."""
     path = out_dir / _FOLDER / f"finetune_{checkpoint.header.progress.step:08d}.pt"
-    content = checkpoint._asdict() | {
-        "header": files.canonical_json(checkpoint.header.model_dump(mode="json")).decode()
-    }
-    with files.publishing(path) as file:
-        torch.save(content, file)
+    parts = checkpoint._asdict()
+    write_saved(path, parts.pop("header"), parts)
     for old in sorted(path.parent.glob(_PATTERN))[:-keep]:
         old.unlink()
     return path

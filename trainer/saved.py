@@ -1,4 +1,4 @@
-"""Files that the trainer saves with torch, read without trust.
+"""Files that the trainer saves with torch: written whole or not at all, read without trust.
 
 A file is a zip whose members have checksums, which torch does not look at; here they are verified
 first. Nothing in it is executed (`weights_only`). Sizes that it promises cost nothing before they
@@ -10,12 +10,14 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
 
+from cache_builder import files
 from cache_builder.errors import ArtifactError
 from cache_builder.formats.headers import check_format_version, first_problem, shorten
 
@@ -60,6 +62,23 @@ class Saved(NamedTuple):
         wrong += [name for name, part in self.parts.items() if not isinstance(part, dict | None)]
         if wrong:
             raise _damaged(self.path, shorten(f"it has no {wrong[0]!r}"), self.way_out)
+
+
+def write_saved(path: Path, header: BaseModel, parts: Mapping[str, Any]) -> None:
+    """Write a file of a header and further parts; it is there when all of it is.
+
+    Raises:
+        OSError: It cannot be written: the disk is full, say.
+    """
+    content = {"header": files.canonical_json(header.model_dump(mode="json")).decode(), **parts}
+    with files.publishing(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as exc:
+            # After a write that failed, torch tells that its zip cannot be ended.
+            if isinstance(exc.__context__, OSError):
+                raise exc.__context__ from None
+            raise
 
 
 def read_saved(path: Path, newest: int, *, way_out: str, content: bytes | None = None) -> Saved:

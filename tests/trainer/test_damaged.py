@@ -1,7 +1,9 @@
 """Damaged and forged files of the trainer: an error that says what to do, and nothing is run."""
 
+import errno
 import io
 import json
+import resource
 import zipfile
 
 import pytest
@@ -21,6 +23,26 @@ def trained(tmp_path_factory):
     config = tiny_config(run={"steps": 2}, optim={"warmup_steps": 1})
     train.run(config, make_cache(root, num_images=12), root / "run")
     return root / "run"
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may have more than 50,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_named_and_leaves_nothing(
+    trained, tmp_path, small_files
+):
+    loaded = checkpoint.load(trained)
+    with pytest.raises(OSError, match="File too large") as caught:
+        checkpoint.save(tmp_path, loaded, keep=2)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename.endswith("step_00000002.pt")
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.fixture

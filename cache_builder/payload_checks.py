@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_builder.formats.manifest import CacheSpec
@@ -18,6 +19,9 @@ from cache_builder.tokenizers import PatchTokenizer
 
 # Two distances this close, relative to their size, count as a tie that rounding may turn.
 _NEAR_TIE = 1e-4
+# A plugin that measures by |x|^2 - 2 xc + |c|^2 in float32 has an error of these, however near x
+# and c are: some half steps of (|x| + |c|)^2.
+_DISTANCE_ERROR = 8 * 2.0**-24
 # Probabilities of exact distances differ by float16 rounding alone.
 _EXACT_PROBABILITY = 1e-3
 _PROBABILITY = 0.02
@@ -35,16 +39,18 @@ def payload_problem(sample: CachedSample, spec: CacheSpec) -> str | None:
 
 
 def num_near_ties(
-    tokenizer: PatchTokenizer,
+    centroids: NDArray[np.float32],  # (K, D)
     features: Tensor,  # (n, D), the patches that differ
     before: Tensor,  # (n,) ids
     after: Tensor,  # (n,) ids
 ) -> int:
     """Return how many patches are as near to the one centroid as to the other."""
     exact = features.double().cpu()
-    centroids = torch.from_numpy(tokenizer.codebook.centroids[0]).double()
-    one, other = ((exact - centroids[ids]).square().sum(1) for ids in (before, after))
-    return int(((one - other).abs() <= _NEAR_TIE * other.clamp(min=1e-12)).sum())
+    places = torch.from_numpy(centroids).double()
+    one, other = ((exact - places[ids]).square().sum(1) for ids in (before, after))
+    lengths = exact.norm(dim=1) + places[after].norm(dim=1)
+    allowed = _NEAR_TIE * other.clamp(min=1e-12) + _DISTANCE_ERROR * lengths.square()
+    return int(((one - other).abs() <= allowed).sum())
 
 
 def compare_soft(
@@ -70,7 +76,8 @@ def compare_soft(
             torch.from_numpy(ids.reshape(len(features), -1)[patches, ranks].astype(np.int64))
             for ids in (sample.soft_ids, again.soft_ids)
         )
-        num_ties = num_near_ties(tokenizer, features[patches], before, after)
+        centroids = tokenizer.codebook.centroids[0]
+        num_ties = num_near_ties(centroids, features[patches], before, after)
     errors = np.abs(sample.soft_probs.astype(np.float32) - again.soft_probs.astype(np.float32))
     far = errors > (_EXACT_PROBABILITY if exact else _PROBABILITY)
     num_far = int((far & ~different).sum())

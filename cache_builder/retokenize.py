@@ -130,7 +130,7 @@ def _compare(
             torch.from_numpy(ids[different].astype(np.int64))
             for ids in (sample.token_ids, again.token_ids)
         )
-        num_ties = num_near_ties(tokenizer, features, before, after)
+        num_ties = num_near_ties(tokenizer.codebook.centroids[0], features, before, after)
     soft = (0, 0, 0, 0)
     if sample.soft_ids is not None:
         soft = compare_soft(sample, again, tokenizer, pixels)

@@ -57,6 +57,7 @@ def folder(site, tmp_path_factory):
 
     root = tmp_path_factory.mktemp("route")
     images = factories.write_folder(root / "images", factories.photo_images(24, height=80))
+    torch.manual_seed(0)  # some draws of its weights put centroids where rounding decides
     model = VQAutoencoder(SIZE, VOCAB)
     model.fit(squares(sorted(images.rglob("*.jpg")), SIZE), steps=8)
     model.save(root / "vq.safetensors")
@@ -91,7 +92,7 @@ def test_the_centroids_are_those_of_the_library(codebook):
 
 def test_the_built_cache_is_verified_and_inspected(patchcache, folder, cache, codebook):
     done = patchcache("verify", cache, "--retokenize", 5, "--workers", 0, "--device", "cpu")
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, done.err) == (0, ""), done.out
     with TokenCache.open(cache) as opened:
         assert opened.manifest.fingerprint == Codebook.load(codebook).fingerprint
         ids = np.stack([opened[index].token_ids for index in range(len(opened))])
@@ -111,8 +112,9 @@ def test_a_changed_id_is_found_and_one_that_rounding_may_turn_is_not(cache, code
         views = factories.views_of(opened[0], tokenizer.pixel_rule)
     features = tokenizer.features(views).flatten(0, 1)
     ids = tokenizer.encode(views).flatten()
-    assert num_near_ties(tokenizer, features, ids, ids) == len(ids)
-    assert num_near_ties(tokenizer, features, (ids + 1) % VOCAB, ids) < len(ids) / 2
+    centroids = tokenizer.codebook.centroids[0]
+    assert num_near_ties(centroids, features, ids, ids) == len(ids)
+    assert num_near_ties(centroids, features, (ids + 1) % VOCAB, ids) < len(ids) / 2
 
 
 def test_an_appraisal_measures_what_a_plugin_shows(patchcache, folder, codebook):

@@ -199,14 +199,21 @@ def small_node(cluster, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_node")
-def test_where_memory_is_short_the_pool_gets_smaller_and_the_unit_is_done_elsewhere(cluster):
-    job = Job(cluster.address, num_units=16, seconds=0.5, workers=4, hungry=list(range(16)))
+def test_where_memory_is_short_the_pool_gets_smaller_and_the_unit_is_done_elsewhere(
+    cluster, tmp_path
+):
+    # The others must still have work when memory runs out: who has none has left the pool.
+    hurry, units = tmp_path / "hurry", list(range(900))
+    settings = {"num_units": 900, "seconds": 0.5, "workers": 4, "hungry": units}
+    job = Job(cluster.address, **settings, hurry=str(hurry))
     try:
+        job.wait_until(lambda: any("remain" in line for line in job.err))
+        hurry.touch()
         status, err = job.end()
     finally:
         job.process.kill()
     assert status == 0, err
-    assert job.units == list(range(16))
+    assert job.units == units
     assert re.search(r"; 3 (workers )?remain: .*killed due to the node running low on memory", err)
 
 

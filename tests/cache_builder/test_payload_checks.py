@@ -4,9 +4,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from cache_builder.formats import TokenCache
 from cache_builder.formats.manifest import CacheManifest, to_json
+from cache_builder.payload_checks import num_near_ties
 from cache_builder.retokenize import Retokenized
 from cache_builder.verify import run as verify
 from tests import factories
@@ -192,3 +194,19 @@ def test_a_manifest_that_contradicts_its_records_is_found(cache, changes, expect
     (cache / "manifest.json").write_bytes(to_json(manifest))
     (problem,) = verify(cache, device="cpu").problems
     assert re.search(expected, problem)
+
+
+def test_centroids_that_float32_cannot_tell_apart_are_near_ties():
+    generator = torch.Generator().manual_seed(0)
+    # Far from the origin and near to each other: |x|^2 - 2 xc + |c|^2 cancels.
+    centroids, features = (
+        20 + 0.08 * torch.randn(num, 32, generator=generator) for num in (64, 2000)
+    )
+    rounded = torch.cdist(features, centroids, compute_mode="use_mm_for_euclid_dist").argmin(1)
+    exact = torch.cdist(features.double(), centroids.double()).argmin(1)
+    turned = rounded != exact
+    assert 20 < int(turned.sum()) < 2000
+    parts = (features[turned], rounded[turned], exact[turned])
+    assert num_near_ties(centroids.numpy(), *parts) == int(turned.sum())
+    farthest = torch.cdist(features.double(), centroids.double()).argmax(1)
+    assert num_near_ties(centroids.numpy(), features, farthest, exact) < 20

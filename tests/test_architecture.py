@@ -15,7 +15,7 @@ HEAVY = {"torch", "ray", "faiss", "open_clip", "fastapi", "uvicorn", "webdataset
 BIN = Path(sys.executable).parent
 FOLDERS = ("cache_builder", "tokenizers_svc", "trainer", "deploy", "tests")
 MOST_LINES = 400
-LONG = {"tokenizers_svc/batcher.py", "tests/tokenizers_svc/test_observation.py"}
+LONG = {"tests/tokenizers_svc/test_observation.py"}
 
 
 def modules():

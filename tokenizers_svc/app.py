@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from tokenizers_svc import openapi, routes
 from tokenizers_svc.access import Access, AccessControl, allow_origins
 from tokenizers_svc.application import Application
-from tokenizers_svc.batcher import Tokenizer
+from tokenizers_svc.encoding import Tokenizer
 from tokenizers_svc.exchange import answer_nobody
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.logs import log_request

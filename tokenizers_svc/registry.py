@@ -20,9 +20,12 @@ from cache_builder.errors import ConfigError
 from cache_builder.formats.codebook import Codebook
 from cache_builder.tokenizers.features import FeatureExtractor, load_extractor
 from cache_builder.tokenizers.tokenizer import PatchTokenizer, choose_device
-from tokenizers_svc.batcher import Batcher, BatchReport, Crew, Tokenizer
+from tokenizers_svc.batch_reports import BatchReport
+from tokenizers_svc.batcher import Batcher
+from tokenizers_svc.encoding import Tokenizer
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.options import check_name
+from tokenizers_svc.pending import Crew
 from tokenizers_svc.problems import ProblemError
 
 

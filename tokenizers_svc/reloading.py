@@ -11,9 +11,9 @@ import time
 from typing import NamedTuple
 
 from cache_builder.errors import PatchCacheError
-from tokenizers_svc.batcher import WorkerStoppedError
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Registry, Served
+from tokenizers_svc.workers import WorkerStoppedError
 
 logger = logging.getLogger(__name__)
 

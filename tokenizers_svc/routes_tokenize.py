@@ -14,10 +14,10 @@ from fastapi import Path, Query, Request, Response
 from cache_builder.errors import ConfigError
 from cache_builder.formats.payloads import SoftSpec
 from cache_builder.soft_targets import soft_spec
-from tokenizers_svc.batcher import TokenizerFailedError
 from tokenizers_svc.bodies import read_picture, read_pictures
 from tokenizers_svc.conditional import is_known
 from tokenizers_svc.decoding import check_total_pixels
+from tokenizers_svc.encoding import TokenizerFailedError
 from tokenizers_svc.exchange import deadline, time_allowed, while_connected
 from tokenizers_svc.forms import (
     Form,

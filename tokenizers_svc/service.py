@@ -24,8 +24,9 @@ from torch import Tensor
 from cache_builder.formats.payloads import SoftSpec
 from cache_builder.formats.views import View
 from tokenizers_svc.admission import Door, Place
-from tokenizers_svc.batcher import Batcher, DeadlinePassedError, SoftIds, WorkerStoppedError
+from tokenizers_svc.batcher import Batcher
 from tokenizers_svc.decoding import make_view
+from tokenizers_svc.encoding import SoftIds
 from tokenizers_svc.exchange import deadline_passed
 from tokenizers_svc.health import ServiceState, Watchdog, state_of
 from tokenizers_svc.intake import Upload
@@ -37,6 +38,7 @@ from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Registry, Served, failures
 from tokenizers_svc.reloading import Reloader
 from tokenizers_svc.tokens import ImageFacts, Key, Outcome, Picture, SoftTokens, Timings, Tokens
+from tokenizers_svc.workers import DeadlinePassedError, WorkerStoppedError
 
 # Below this, hashing in the event loop costs less than a thread that does it.
 _HASHED_INLINE_BYTES = 500_000

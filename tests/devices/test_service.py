@@ -7,7 +7,8 @@ import torch
 from cache_builder.tokenizers import PatchTokenizer
 from tests import factories
 from tests.devices.test_codebooks import pixel_codebook
-from tokenizers_svc.batcher import Batcher, Crew
+from tokenizers_svc.batcher import Batcher
+from tokenizers_svc.pending import Crew
 
 
 def test_pictures_in_batches_have_the_ids_of_each_alone(device):

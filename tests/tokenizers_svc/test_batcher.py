@@ -11,7 +11,8 @@ from tests.tokenizers_svc.support import (
     make_tokenizer,
     make_views,
 )
-from tokenizers_svc.batcher import Batcher, WorkerStoppedError
+from tokenizers_svc.batcher import Batcher
+from tokenizers_svc.workers import WorkerStoppedError
 
 MAX_BATCH = 4
 

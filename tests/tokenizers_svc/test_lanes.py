@@ -9,9 +9,10 @@ import torch
 
 from tests.tokenizers_svc.support import WatchedTokenizer, make_tokenizer, make_views
 from tests.tokenizers_svc.test_batcher import MAX_BATCH, Started, fill
-from tokenizers_svc.batcher import BatchReport, Crew, DeadlinePassedError, WorkerStoppedError
+from tokenizers_svc.batch_reports import BatchReport
 from tokenizers_svc.pace import Pace
-from tokenizers_svc.pending import Item, Lane, Pending
+from tokenizers_svc.pending import Crew, Item, Lane, Pending
+from tokenizers_svc.workers import DeadlinePassedError, WorkerStoppedError
 
 TWO_LANES = Crew(num_lanes=2, num_turns=2, torch_threads=1)
 TAKING_TURNS = Crew(num_lanes=2, num_turns=1)

@@ -114,7 +114,7 @@ class Appraisal(NamedTuple):
     counts: NDArray[np.int64]  # (M, K), how often each id occurs
     skipped: list[Skipped]
     stages: list[StageUse]
-    objective: float | None  # mean squared distance of a patch, all stages; None of plugins
+    objective: float | None  # mean squared distance of a patch, all stages; None without a fit
     mse: float | None  # the same per value
     psnr_db: float | None  # of all pixels together; None where centroids are not pixels
     mean_image_psnr_db: float | None
@@ -211,7 +211,7 @@ class _Sums:
     def add(self, pixels: Tensor) -> None:
         """Tokenise views (B, 3, S, S) uint8."""
         tokenizer = self._tokenizer
-        if tokenizer.plugin is not None:
+        if not tokenizer.codebook.is_fitted:
             self._add_ids(pixels, tokenizer.encode(pixels))
             return
         features = tokenizer.features(pixels)
@@ -269,7 +269,7 @@ def _conclude(
     codebook = tokenizer.codebook
     token_ids = np.concatenate(sums.token_ids)
     num_tokens = token_ids.size
-    objective = None if codebook.plugin else sums.squared_distance / num_tokens
+    objective = sums.squared_distance / num_tokens if codebook.is_fitted else None
     num_tied = sums.num_tie_patches
     exact = num_tied and codebook.centroids.dtype != np.float32
     labels, labels_note = _labels(codebook, rows, token_ids)

@@ -172,9 +172,8 @@ class BuildWorker:
     def _load(self, name: str) -> Target:
         store = self._stores[name]
         codebook = Codebook.from_bytes(store.read(CODEBOOK_NAME), store.where(CODEBOOK_NAME))
-        weights = None if codebook.extractor.id == "pixel" else self._task.weights
         return Target(
             store,
             read_model(BuildPlan, store, PLAN_NAME),
-            PatchTokenizer.load(codebook, self._task.device, weights),
+            PatchTokenizer.load(codebook, self._task.device, self._task.weights),
         )

@@ -89,8 +89,7 @@ class _Retokenizer:
         self._cache = TokenCache.open(task.cache, task.fingerprint)
         spec = self._cache.manifest.spec
         codebook = self._cache.codebook
-        weights = None if codebook.extractor.id == "pixel" else task.weights
-        self._tokenizer = PatchTokenizer.load(codebook, task.device, weights)
+        self._tokenizer = PatchTokenizer.load(codebook, task.device, task.weights)
         self._maker = TargetMaker(self._tokenizer, spec)
         self._join = None
         if spec.images_in_cache == "none":
@@ -124,7 +123,7 @@ def _compare(
     again = maker.make(pixels)
     different = sample.token_ids != again.token_ids
     num_different, num_ties = int(different.sum()), 0
-    if num_different and _has_near_ties(tokenizer):
+    if num_different and tokenizer.has_near_ties:
         features = tokenizer.features(pixels).flatten(0, 1)[torch.from_numpy(different.ravel())]
         before, after = (
             torch.from_numpy(ids[different].astype(np.int64))
@@ -136,13 +135,6 @@ def _compare(
         soft = compare_soft(sample, again, tokenizer, pixels)
     stored = (0, 0) if sample.features is None else compare_features(sample, again)
     return Retokenized(1, different.size, num_ties, num_different - num_ties, *soft, *stored)
-
-
-def _has_near_ties(tokenizer: PatchTokenizer) -> bool:
-    """Say whether ids may differ by rounding, and distances tell when they do."""
-    codebook, plugin = tokenizer.codebook, tokenizer.plugin
-    is_measured = plugin is None or (plugin.has_features and codebook.has_centroids)
-    return is_measured and codebook.num_stages == 1 and not codebook.has_pixel_centroids
 
 
 def _views(sample: CachedSample, image: bytes, tokenizer: PatchTokenizer) -> Iterator[Tensor]:

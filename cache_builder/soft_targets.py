@@ -69,8 +69,8 @@ def soft_spec(
         names: What the caller calls the two, for errors.
 
     Raises:
-        ConfigError: The codebook has several stages, too few centroids or no spread, or its
-            tokenizer is a plugin's.
+        ConfigError: The codebook has several stages, too few centroids or no spread, or was not
+            fitted here.
     """
     name, temperature_name = names
     if top_k is None:
@@ -80,7 +80,7 @@ def soft_spec(
                 f"or leave {temperature_name} out."
             )
         return None
-    if codebook.plugin is not None:
+    if not codebook.is_fitted:
         raise ConfigError(
             f"{name} measures distances to centroids of a fit, and {codebook.extractor.id} "
             "quantises by itself. Leave it out."

@@ -108,24 +108,18 @@ class TargetMaker:
         )
 
     def _make(self, pixels: Tensor) -> Targets:
-        if self._tokenizer.plugin is not None:
+        if self._soft is None and self._dtype is None:
             with self._turn:
                 return Targets(self._tokenizer.encode(pixels).numpy().astype(np.uint16))
         shape = (len(pixels), *self._tokenizer.grid)
         with self._turn:
             features = self._tokenizer.features(pixels)
-            if features.is_floating_point() and not features.isfinite().all():
-                raise ConfigError(
-                    "The features hold NaN or infinity. Check the model and its weights."
-                )
             flat = features.reshape(-1, features.shape[-1])
             self._num_patches += len(flat)
             if self._soft:
                 targets = Targets(*self._soften(flat, self._soft, shape))
             else:
-                ids = self._tokenizer.quantizer.encode(flat).cpu().numpy().astype(np.uint16)
-                stages = self._tokenizer.codebook.num_stages
-                targets = Targets(ids.reshape(*shape, stages) if stages > 1 else ids.reshape(shape))
+                targets = Targets(self._tokenizer.quantize(features).numpy().astype(np.uint16))
             stored = features.cpu().numpy() if self._dtype else None
         if self._dtype is None or stored is None:
             return targets
@@ -179,11 +173,11 @@ def feature_spec(codebook: Codebook, dtype: FeatureType | None) -> FeatureSpec |
     """Return how features are stored, None if they are not asked for.
 
     Raises:
-        ConfigError: The features are pixels, or a plugin's own.
+        ConfigError: The features are pixels, or quantised by another rule than ours.
     """
     if dtype is None:
         return None
-    if codebook.plugin is not None:
+    if not codebook.is_fitted:
         raise ConfigError(
             f"--store-features stores what our quantiser sees, and {codebook.extractor.id} "
             "quantises by itself. Leave it out."

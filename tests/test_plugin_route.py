@@ -162,7 +162,7 @@ def test_the_service_decodes_ids_and_says_what_is_left(client, cache, codebook):
 def test_the_service_refuses_what_a_plugin_has_not(client):
     image = factories.encode(factories.draw_photo(0))
     problem = check_problem(client.get("/v1/models/codebook/codebook.png"), 422, "not-decodable")
-    assert "plugin:vq decodes whole grids" in problem["detail"]
+    assert "Centroids of plugin:vq with metric l2 are not pixels" in problem["detail"]
     answer = client.post("/v1/tokenize?soft_top_k=4", content=image)
     problem = check_problem(answer, 422, "no-soft-targets")
     assert "plugin:vq quantises by itself" in problem["detail"]

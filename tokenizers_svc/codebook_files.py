@@ -42,7 +42,11 @@ def make_file(served: Served, kind: FileKind) -> CodebookFile:
         header = npy_header(little.shape, little.dtype.str)
         return CodebookFile((header, values), f'"{codebook.header.digest}-npy"')
     if kind == "png" and not codebook.has_pixel_centroids:
-        raise _not_pictures(codebook)
+        raise ProblemError(
+            "not-decodable",
+            f"Centroids of {codebook.extractor.id} with metric {codebook.metric} are not pixels; "
+            "only those of l2 codebooks of pixels are.",
+        )
     content = codebook.to_bytes() if kind == "safetensors" else _atlas(codebook)
     return CodebookFile((content,), f'"{sha256_bytes(content)}"')
 
@@ -50,16 +54,6 @@ def make_file(served: Served, kind: FileKind) -> CodebookFile:
 def not_decodable(served: Served) -> ProblemError:
     """Return the refusal to make a picture of ids."""
     return ProblemError("not-decodable", why_not_decodable(served.codebook))
-
-
-def _not_pictures(codebook: Codebook) -> ProblemError:
-    if codebook.plugin is None:
-        return ProblemError("not-decodable", why_not_decodable(codebook))
-    return ProblemError(
-        "not-decodable",
-        f"{codebook.extractor.id} decodes whole grids of ids at best: its centroids are no "
-        "pictures.",
-    )
 
 
 def _atlas(codebook: Codebook) -> bytes:

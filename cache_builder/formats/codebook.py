@@ -144,6 +144,11 @@ class Codebook:
         return self.header.plugin
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether centroids are those of a fit of ours, and ids say which is nearest."""
+        return not self.extractor.id.startswith((PLUGIN_PREFIX, FOREIGN_PREFIX))
+
+    @property
     def has_centroids(self) -> bool:
         """Whether ids stand for vectors; a plugin need not say which."""
         return self.dim > 0
@@ -173,7 +178,7 @@ class Codebook:
     @property
     def stores_features(self) -> bool:
         """Whether there are features to store: of a model, quantised by us."""
-        return self.extractor.id != "pixel" and self.plugin is None
+        return self.is_fitted and self.extractor.id != "pixel"
 
     @property
     def decodes_to_pixels(self) -> bool:

@@ -141,7 +141,7 @@ class PluginTokenizer:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return ids (B, N, M) int64 of (B, 3, S, S) uint8 pixels on the tokenizer's device.
+        """Return ids (B, rows, cols[, M]) int64 of (B, 3, S, S) uint8 pixels on its device.
 
         Raises:
             PluginError: What it gives are no ids of its own vocabulary, one per patch and stage.
@@ -160,7 +160,7 @@ class PluginTokenizer:
                 f"{self.spec.id} gave ids {int(ids.min())}..{int(ids.max())}, which do not lie in "
                 f"[0, {self.vocab_size}). Ask those who wrote it."
             )
-        return ids.reshape(len(pixels), rows * cols, self.num_stages).to(torch.int64)
+        return ids.to(torch.int64)
 
     @torch.inference_mode()
     def decode(self, token_ids: Tensor) -> Tensor:
@@ -361,8 +361,7 @@ def _try(tokenizer: PluginTokenizer, *, decodes: bool) -> None:
     try:
         ids, again = tokenizer.encode(pixels), tokenizer.encode(pixels)
         if decodes:
-            stages = (tokenizer.num_stages,) if tokenizer.num_stages > 1 else ()
-            tokenizer.decode(ids.view(len(ids), *tokenizer.pixel_rule.grid, *stages))
+            tokenizer.decode(ids)
     except _REFUSALS as exc:
         raise PluginError(
             f"{tokenizer.spec.id} fails on pictures of noise: {type(exc).__name__}: "

@@ -26,9 +26,8 @@ class PatchTokenizer:
     """A feature extractor and a codebook that belong together.
 
     In the place of the extractor may stand a learned tokenizer of a plugin, whose ids are its own.
-
-    Attributes:
-        plugin: That tokenizer, or None.
+    `has_near_ties`, `decodes_to_pixels` and the codebook's `is_fitted` and `has_centroids` say what
+    can be asked of it.
     """
 
     def __init__(
@@ -42,9 +41,9 @@ class PatchTokenizer:
         self.codebook = codebook
         self.device = device
         self.extractor = extractor
-        self.plugin = extractor if isinstance(extractor, PluginTokenizer) else None
-        if self.plugin is not None:
-            theirs = (self.plugin.num_stages, self.plugin.vocab_size)
+        self._plugin = extractor if isinstance(extractor, PluginTokenizer) else None
+        if self._plugin is not None:
+            theirs = (self._plugin.num_stages, self._plugin.vocab_size)
             ours = (codebook.num_stages, codebook.vocab_size)
             if theirs != ours:
                 raise TokenizerMismatchError(
@@ -112,15 +111,25 @@ class PatchTokenizer:
         """Whether ids can be turned into pictures, so that `decode` works."""
         return self.codebook.decodes_to_pixels
 
+    @property
+    def has_near_ties(self) -> bool:
+        """Whether ids may differ by rounding, and `features` and centroids tell when they do."""
+        codebook = self.codebook
+        has_features = self._plugin is None or self._plugin.has_features
+        is_exact = codebook.has_pixel_centroids
+        return has_features and codebook.has_centroids and codebook.num_stages == 1 and not is_exact
+
     def features(self, pixels: Tensor) -> Tensor:
         """Return what is quantised: (B, N, D), of unit length for a cosine codebook.
 
         Raises:
             ValueError: `pixels` is not (B, 3, S, S) uint8 of this tokenizer's size.
-            ConfigError: It is that of a plugin which shows no features.
+            ConfigError: They are not finite, or a plugin shows none.
         """
         self._check(pixels)
         features = extract_features(self.extractor, pixels.to(self.device))
+        if features.is_floating_point() and not features.isfinite().all():
+            raise ConfigError("The features hold NaN or infinity. Check the model and its weights.")
         if self.codebook.metric == "cosine":
             return torch.nn.functional.normalize(features.float(), dim=-1)
         return features
@@ -139,10 +148,12 @@ class PatchTokenizer:
             ValueError: `pixels` has another shape or type.
             PluginError: A plugin gives no ids of its vocabulary.
         """
-        ids = [self._encode_batch(batch) for batch in pixels.split(_VIEWS_PER_BATCH)]
-        if not ids:
-            ids = [torch.empty(0, self.codebook.num_stages, dtype=torch.int64)]
-        return torch.cat(ids).view(len(pixels), *self.codebook.ids_shape)
+        return torch.cat([self._encode_batch(batch) for batch in pixels.split(_VIEWS_PER_BATCH)])
+
+    def quantize(self, features: Tensor) -> Tensor:
+        """Return the token ids, as `encode` does, of `features` (B, N, D) of a fitted codebook."""
+        ids = self.quantizer.encode(features.flatten(0, 1)).cpu()
+        return ids.view(len(features), *self.codebook.ids_shape)
 
     def decode(self, token_ids: Tensor) -> Tensor:
         """Return the pictures that token ids stand for.
@@ -165,9 +176,9 @@ class PatchTokenizer:
             raise ValueError(f"token ids must be (B, *{shape}), not {tuple(token_ids.shape)}")
         num_patches = self.grid[0] * self.grid[1]
         ids = token_ids.to(self.device, torch.int64)
-        if self.plugin is not None:
+        if self._plugin is not None:
             check_ids(ids, self.vocab_size)
-            return self.plugin.decode(ids).cpu()
+            return self._plugin.decode(ids).cpu()
         ids = ids.reshape(-1, num_patches, self.codebook.num_stages)
         patches = self.quantizer.decode(ids).round().clamp(0, 255).to(torch.uint8)
         return unpatchify(patches, self.grid, self.pixel_rule.patch_size).cpu()
@@ -181,24 +192,18 @@ class PatchTokenizer:
             )
 
     def _encode_batch(self, pixels: Tensor) -> Tensor:
-        if self.plugin is not None:
-            self._check(pixels)
-            name = self.extractor.spec.id
-            return run_in_halves(self.plugin.encode, pixels.to(self.device), name).cpu()
-        features = self.features(pixels)
-        return self.quantizer.encode(features.reshape(-1, features.shape[-1])).cpu()
+        if self._plugin is None:
+            return self.quantize(self.features(pixels))
+        self._check(pixels)
+        name = self.codebook.extractor.id
+        return run_in_halves(self._plugin.encode, pixels.to(self.device), name).cpu()
 
 
 def why_not_decodable(codebook: Codebook) -> str:
     """Say why ids of a codebook cannot be turned into pictures."""
-    if codebook.plugin is not None:
-        return (
-            f"{codebook.extractor.id}, of {codebook.plugin.distribution}, does not turn ids into "
-            "pictures."
-        )
     return (
-        f"Centroids of {codebook.extractor.id} with metric {codebook.metric} are not pixels; only "
-        "l2 codebooks of pixels can be decoded to pictures."
+        f"Ids of {codebook.extractor.id} with metric {codebook.metric} are not pixels; only those "
+        "of l2 codebooks of pixels, and of plugins that say how, can be decoded to pictures."
     )
 
 

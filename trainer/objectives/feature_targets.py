@@ -136,7 +136,7 @@ def principal_directions(table: Tensor, weights: Tensor, num_directions: int) ->
 def _weights(codebook: Codebook) -> Tensor:
     """Return each centroid's share of the patches of the fit, (M, K) float64; even without one."""
     counts = torch.from_numpy(codebook.counts).double()
-    if codebook.plugin is not None:
+    if not codebook.is_fitted:
         counts = torch.ones_like(counts)
     return counts / counts.sum(1, keepdim=True)
 

@@ -217,7 +217,7 @@ def test_ids_and_pictures_are_those_of_the_plugin():
 
 def test_what_a_plugin_cannot_do_is_refused_by_name():
     tokenizer = PatchTokenizer.load(adopt("plain", None, {}))
-    with pytest.raises(ConfigError, match="plugin:plain, of odd, does not turn ids into pictures"):
+    with pytest.raises(ConfigError, match="Ids of plugin:plain with metric l2 are not pixels"):
         tokenizer.decode(torch.zeros(1, 4, 4))
     with pytest.raises(ConfigError, match="plugin:plain does not say what it quantises"):
         tokenizer.features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))

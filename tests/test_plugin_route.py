@@ -19,7 +19,7 @@ from cache_builder.imaging import apply_view, decode
 from cache_builder.tokenizers import PatchTokenizer
 from cache_builder.tokenizers.plugins import adopt
 from tests import factories, plugins
-from tests.test_documents import code_blocks
+from tests.documents.blocks import texts_of
 from tests.tokenizers_svc.sending import read_ids
 from tests.tokenizers_svc.support import check_problem, serving
 from tokenizers_svc.app import create_app
@@ -220,9 +220,9 @@ def test_the_page_on_tokenizers_is_a_complete_plugin(patchcache, tmp_path, monke
     project = tmp_path / "project"
     project.mkdir()
     for language, name in (("python", "brightness.py"), ("toml", "pyproject.toml")):
-        (block,) = code_blocks(page, language)
+        (block,) = texts_of(page, language)
         (project / name).write_text(block)
-    (commands,) = code_blocks(page, "sh")
+    (commands,) = texts_of(page, "sh")
     factories.write_folder(tmp_path / "photos", factories.photo_images(12))
     monkeypatch.chdir(tmp_path)
     further = {"build": ["--workers", "0"], "verify": ["--workers", "0"], "train": TINY}

@@ -43,6 +43,11 @@ def blocks_of(page):
     return found
 
 
+def texts_of(page, language):
+    """Return the texts of a page's blocks of one language, in order."""
+    return [block.text for block in blocks_of(page) if block.language == language]
+
+
 def commands_of(block):
     """Return the commands of a block of a shell, each as its words.
 

@@ -1,11 +1,10 @@
 """Every fenced block of the documents is run, or checked, or has a reason why not.
 
-Python is run by the tests that name its page. Commands are parsed by the command line itself: their
+Python is run in `test_python.py`. Commands are parsed by the command line itself: their
 names, options, values and arguments are right, whether or not what they work on is there; the
 examples of every command are run in `tests/test_examples.py`.
 """
 
-import ast
 import json
 import re
 import tomllib
@@ -48,17 +47,6 @@ def of(*languages):
 def test_every_block_says_what_it_is():
     known = {*SHELL, *NO_CODE, "python", "toml", "yaml", "json"}
     assert [block.where for block in BLOCKS if block.language not in known] == []
-
-
-def test_python_is_run_by_a_test_that_names_its_page():
-    tests = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
-    pages = {block.page.name for block in BLOCKS if block.language == "python"}
-    assert [name for name in sorted(pages) if f'"{name}"' not in tests] == []
-
-
-@of("python")
-def test_python_can_be_compiled(block):
-    compile(block.text, block.where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 @of("toml")

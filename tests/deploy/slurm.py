@@ -132,11 +132,11 @@ def scontrol(words):
 class Job:
     """A batch script that runs on two nodes, both of them this machine."""
 
-    def __init__(self, folder, script, *arguments, num_nodes=2, cpus=1, **variables):
+    def __init__(self, folder, script, *arguments, num_nodes=2, cpus=1, number=None, **variables):
         self.folder = folder
         self.log = folder / "commands"
         self.requeued = folder / "requeued"
-        self.port = free_port_of_jobs()
+        self.number = number or free_number()
         for name in ("srun", "scontrol"):
             write_program(
                 self.bin / name,
@@ -147,7 +147,7 @@ class Job:
             "PATH": f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(SCRIPTS.parents[1]),
             "REQUEUED": str(self.requeued),
-            "SLURM_JOB_ID": str(self.port),
+            "SLURM_JOB_ID": str(self.number),
             "SLURM_JOB_NODELIST": ",".join([socket.gethostname(), "other"][:num_nodes]),
             "SLURM_JOB_NUM_NODES": str(num_nodes),
             "SLURM_CPUS_PER_TASK": str(cpus),
@@ -158,6 +158,12 @@ class Job:
                 ["bash", SCRIPTS / script, *map(str, arguments)],
                 env=environment, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
+
+    @property
+    def ports(self):
+        """The two that the scripts take by the number of their job."""
+        first = 20000 + 2 * (self.number % 5000)
+        return first, first + 1
 
     @property
     def bin(self):
@@ -218,15 +224,17 @@ def started_jobs(folder_of):
                 job.cancel()
 
 
-def free_port_of_jobs():
-    """Return a free port among those that the scripts take by the number of their job."""
-    for port in range(20000 + os.getpid() % 10000, 30000):
+def free_number():
+    """Return the number of a job whose ports are free."""
+    first = os.getpid() % 5000
+    for number in (*range(first, 5000), *range(first)):
         try:
-            socket.create_server(("", port)).close()
+            for port in (20000 + 2 * number, 20001 + 2 * number):
+                socket.create_server(("", port)).close()
         except OSError:
             continue
-        return port
-    raise AssertionError("no port is free")
+        return 40000 + number
+    raise AssertionError("no ports are free")
 
 
 def write_program(path, text):

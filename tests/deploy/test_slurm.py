@@ -76,8 +76,8 @@ def test_training_is_one_torchrun_on_each_node_that_meet_at_the_first(start, tmp
         options, (name, ours) = parse_torchrun(words)
         assert (name, ours["recipe"], ours["cache"]) == ("train", "beit", "cache")
         assert (options.nnodes, options.nproc_per_node) == ("2", "gpu")
-        assert options.rdzv_endpoint == f"{os.uname().nodename}:{job.port}"
-        assert options.rdzv_id == f"{job.port}.2"
+        assert options.rdzv_endpoint == f"{os.uname().nodename}:{job.ports[0]}"
+        assert options.rdzv_id == f"{job.number}.2"
         # It must end before Slurm ends it.
         notice_s = int(header_of(SCRIPTS / "train.sbatch")["signal"].partition("@")[2])
         assert options.shutdown_timeout < notice_s
@@ -161,17 +161,38 @@ def test_a_build_gets_a_ray_cluster_of_all_nodes_which_ends_with_it(start, tmp_p
     job.wait_until(lambda: began(job, "ray-start") == 2 and began(job, "patchcache"))
     job.process.terminate()
     assert job.process.wait(60) == 0
-    head = f"{os.uname().nodename}:{job.port}"
+    head = f"{os.uname().nodename}:{job.ports[0]}"
     commands = [parse_ray(["ray", *words[2:]]) for words in job.events if words[2:3] != ["build"]]
     assert {told["address"] for name, told in commands if name == "health-check"} == {head}
     nodes = [told for name, told in commands if name == "start"]
     assert all(node["block"] and node["num_cpus"] == 3 for node in nodes)
     first, second = sorted(nodes[:2], key=lambda node: not node["head"])
-    assert (first["port"], first["temp_dir"]) == (job.port, f"/tmp/ray-{job.port}")
+    assert (first["port"], first["ray_client_server_port"]) == job.ports
+    assert first["temp_dir"] == f"/tmp/ray-{job.number}"
     assert (second["head"], second["address"]) == (False, head)
     build = next(words for _, *words in job.events if words[0] == "patchcache")
     name, ours = parse_patchcache(build)
     assert (name, ours["ray_address"], ours["out"]) == ("build", head, "cache")
+
+
+@pytest.mark.usefixtures("ray")
+def test_builds_and_trainings_on_one_node_have_ports_of_their_own(start, tmp_path):
+    record(tmp_path, "patchcache", lasts=True)
+    record(tmp_path, "torchrun", lasts=True)
+    for number in (1234, 1235):
+        start(*BUILD, num_nodes=1, number=number)
+    job = start(*TRAIN, num_nodes=1, number=1236)
+    job.wait_until(lambda: began(job, "ray-start") == 2 and began(job, "torchrun"))
+    heads = [parse_ray(["ray", *words[2:]])[1] for words in job.events if words[1] == "ray-start"]
+    (rendezvous,) = [
+        parse_torchrun(words)[0].rdzv_endpoint for _, *words in job.events if words[0] == "torchrun"
+    ]
+    ports = [head[name] for head in heads for name in ("port", "ray_client_server_port")]
+    ports.append(int(rendezvous.rpartition(":")[2]))
+    assert sorted(ports) == [22468, 22469, 22470, 22471, 22472]
+    # Without a dashboard, and with its agent's port 0, Ray takes the others as they are free.
+    assert all(head["include_dashboard"] is False for head in heads)
+    assert all(head["dashboard_agent_listen_port"] == 0 for head in heads)
 
 
 @pytest.mark.usefixtures("ray")

@@ -1,6 +1,9 @@
-"""The fields of KubeRay's v1 objects that our files use, by its API reference; others are errors.
+"""The fields of KubeRay's v1 objects that our files use; others are errors.
 
-A pod template is checked as Kubernetes' own PodTemplate.
+Names, types and what is required are those of the Go types in KubeRay's `ray-operator/apis/ray/v1`,
+of which its CRDs are made; the rules about values are those by which its operator refuses an object
+(`controllers/ray/utils/validation.go`). The CRDs themselves are not here: they repeat all of a pod,
+1.3 MB. A pod template is checked as Kubernetes' own PodTemplate.
 """
 # ruff: noqa: N815 - the names are KubeRay's
 
@@ -8,7 +11,7 @@ import functools
 from typing import Annotated, Any, Literal
 
 import kubernetes_validate
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 # They are large, and read for every object.
 kubernetes_validate.utils.schema_contents = functools.cache(
@@ -30,6 +33,8 @@ def _check_template(template):
         check_object({"apiVersion": "v1", "kind": "PodTemplate", "template": template})
     except kubernetes_validate.ValidationError as exc:
         raise ValueError(exc.message) from exc
+    if not template["spec"]["containers"]:
+        raise ValueError("containers: a group has at least one")
     return template
 
 
@@ -43,6 +48,9 @@ def _check_part(name):
 
 Template = Annotated[dict[str, Any], AfterValidator(_check_template)]
 Resources = Annotated[dict[str, Any], AfterValidator(_check_part("resources"))]
+Count = Annotated[int, Field(ge=0, lt=2**31)]  # int32; KubeRay refuses those below 0
+# A label of DNS, short enough for the 53 of a cluster's name, which has six more.
+Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=47)]
 SecurityContext = Annotated[dict[str, Any], AfterValidator(_check_part("securityContext"))]
 
 
@@ -51,7 +59,7 @@ class Strict(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class Metadata(Strict):
-    name: str
+    name: Name
     labels: dict[str, str] = {}
 
 
@@ -62,14 +70,20 @@ class HeadGroup(Strict):
 
 class WorkerGroup(Strict):
     groupName: str
-    minReplicas: int = Field(ge=0)
-    maxReplicas: int = Field(ge=1)
+    minReplicas: Count
+    maxReplicas: Count
     rayStartParams: dict[str, str]
     template: Template
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.minReplicas > self.maxReplicas:
+            raise ValueError("minReplicas: there are more than maxReplicas")
+        return self
+
 
 class AutoscalerOptions(Strict):
-    idleTimeoutSeconds: int
+    idleTimeoutSeconds: Count
     upscalingMode: Literal["Default", "Aggressive", "Conservative"] = "Default"
     resources: Resources
     securityContext: SecurityContext
@@ -85,10 +99,16 @@ class ClusterSpec(Strict):
 
 class JobSpec(Strict):
     entrypoint: str
-    backoffLimit: int
+    backoffLimit: Count
     shutdownAfterJobFinishes: bool
-    ttlSecondsAfterFinished: int
+    ttlSecondsAfterFinished: Count
     rayClusterSpec: ClusterSpec
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.ttlSecondsAfterFinished and not self.shutdownAfterJobFinishes:
+            raise ValueError("ttlSecondsAfterFinished: nothing is shut down")
+        return self
 
 
 class ServiceSpec(Strict):

@@ -57,10 +57,32 @@ def test_the_build_is_a_rayjob(job):
     check_cluster(job["spec"]["rayClusterSpec"])
 
 
-@pytest.mark.parametrize("change", [{"entryPoint": "x"}, {"backoffLimit": "3"}])
-def test_what_kuberay_does_not_know_is_noticed(job, change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"entryPoint": "x"},
+        {"backoffLimit": "3"},
+        {"backoffLimit": -1},
+        {"backoffLimit": 2**31},
+        {"ttlSecondsAfterFinished": 60, "shutdownAfterJobFinishes": False},
+    ],
+)
+def test_what_kuberay_does_not_know_or_refuses_is_noticed(job, change):
     with pytest.raises(ValidationError, match=next(iter(change))):
         RayJob.model_validate(job | {"spec": job["spec"] | change})
+
+
+@pytest.mark.parametrize("name", ["Build", "1-build", "build-", "b" * 48])
+def test_a_name_that_kuberay_refuses_is_noticed(job, name):
+    with pytest.raises(ValidationError, match="name"):
+        RayJob.model_validate(job | {"metadata": {"name": name}})
+
+
+def test_a_group_that_cannot_be_is_noticed(job):
+    job = copy.deepcopy(job)
+    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["minReplicas"] = 9
+    with pytest.raises(ValidationError, match="more than maxReplicas"):
+        RayJob.model_validate(job)
 
 
 def test_a_mistake_in_a_pod_of_kuberay_is_noticed(job):

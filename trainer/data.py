@@ -5,14 +5,10 @@ the samples inside each window, so that a shuffle over the whole cache reads few
 Batch k of a run is B consecutive samples of its epoch; what is left at the end of an epoch is not
 used. Which view of a sample is seen follows from the epoch and the sample's key. So the number of
 a step says everything about its data, whatever the number of workers, and a run resumes from it.
-
-Workers come from a fork server: forking a process that has used torch's threads can hang, and
-spawning pays the import of torch in every worker.
 """
 
 import hashlib
-import multiprocessing
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cache_builder import imaging
 from cache_builder.errors import (
@@ -34,7 +29,6 @@ from cache_builder.formats import CachedSample, PayloadName, TokenCache, View
 from cache_builder.sources import ImageJoin
 from trainer.objectives.interface import Targets
 from trainer.pixels import to_unit_range
-from trainer.workers import belong_to_the_main_process
 
 _WINDOW_SHARDS = 64  # as many as TokenCache keeps open
 
@@ -209,7 +203,7 @@ class CachedViews:
         """Return the batch of these picks.
 
         An error that a user can mend is returned, not raised: torch would hide its message in the
-        traceback of a worker. `read_batches` raises it.
+        traceback of a worker. `load_ahead` raises it.
         """
         try:
             return self.read(picks)
@@ -281,47 +275,7 @@ class CachedViews:
             ) from exc
 
 
-def read_batches(
-    dataset: CachedViews,
-    picks: Iterable[Sequence[Pick]],
-    *,
-    num_workers: int,
-    device: torch.device,
-) -> Generator[Batch]:
-    """Yield one batch per element of `picks`, in order, in pinned memory for a CUDA device.
-
-    Workers live until the iterator ends or is closed; they read ahead by two batches each.
-
-    Raises:
-        ArtifactError: A shard, or an image in it, is damaged.
-        ConfigError: The cache holds no images and they are not where it says.
-    """
-    context = None
-    if num_workers > 0:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-    loader = DataLoader(
-        dataset,
-        batch_sampler=picks,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        multiprocessing_context=context,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=belong_to_the_main_process,
-        # The workers' seed; without its own generator it would be drawn from the model's.
-        generator=torch.Generator(),
-    )
-    for item in loader:
-        if isinstance(item, PatchCacheError):
-            raise item
-        yield item
-
-
 def _to_tensor(arrays: list[NDArray[Any]]) -> Tensor:
     stacked = np.stack(arrays)
     # torch indexes with int64 alone.
     return torch.from_numpy(stacked.astype(np.int64) if stacked.dtype == np.uint16 else stacked)
-
-
-def _as_it_is(batch: Batch | PatchCacheError) -> Batch | PatchCacheError:
-    return batch

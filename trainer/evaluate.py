@@ -7,7 +7,6 @@ model in particular is worth more fine-tuned than its frozen features say.
 """
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -16,22 +15,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from cache_builder.errors import ConfigError, ImageError, PatchCacheError
-from cache_builder.sources import image_bytes
+from cache_builder.errors import ConfigError
 from trainer import pixels
 from trainer.backbones import Backbone, freshly_initialised, load_backbone
 from trainer.labelled import (
+    CentreSquares,
     LabelledImages,
-    Place,
-    centre_pixels,
     choose,
     class_mapping,
     is_test_key,
-    load_ahead,
     open_labelled,
 )
 from trainer.model import pick_device
 from trainer.objectives.interface import Normalise
+from trainer.workers import load_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -242,47 +239,6 @@ def accuracy_of(named: Tensor, labels: Tensor) -> Accuracy:
     """Compare classes (n, up to 5), the likeliest first, with labels (n,)."""
     right = named == labels[:, None]
     return Accuracy(_share(right[:, 0]), _share(right.any(1)))
-
-
-class CentreSquares:
-    """Reads labelled images as batches of centred squares."""
-
-    def __init__(self, images: LabelledImages, size: int, share: float = 1.0) -> None:
-        """Take the side in pixels, and which share of the largest square it stands for."""
-        self._images = images
-        self._size = size
-        self._share = share
-
-    def __getitems__(self, places: Sequence[Place]) -> "Squares | PatchCacheError":
-        """Return the batch at these places, or an error that a user can mend."""
-        try:
-            return self._read(places)
-        except PatchCacheError as exc:
-            return exc
-
-    def _read(self, places: Sequence[Place]) -> "Squares":
-        pixels, labels, keys, refused = [], [], [], []
-        for sample in self._images.read(places):
-            if sample.label is None:
-                continue
-            try:
-                pixels.append(centre_pixels(image_bytes(sample.image), self._size, self._share))
-            except ImageError as exc:
-                refused.append(f"{sample.key}: {exc}")
-                continue
-            labels.append(sample.label)
-            keys.append(sample.key)
-        stacked = torch.stack(pixels) if pixels else None
-        return Squares(stacked, torch.tensor(labels, dtype=torch.int64), keys, refused)
-
-
-class Squares(NamedTuple):
-    """Labelled images that could be decoded."""
-
-    pixels: Tensor | None  # (B, 3, S, S) uint8; None without any
-    labels: Tensor  # (B,)
-    keys: list[str]
-    refused: list[str]
 
 
 def _read(

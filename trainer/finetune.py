@@ -22,17 +22,18 @@ from trainer import pixels, settings
 from trainer.backbones import Backbone, load_backbone
 from trainer.checkpoint import latest as latest_of_training
 from trainer.classifier import classifier_arguments
-from trainer.evaluate import CentreSquares, accuracy_of, five_best
+from trainer.evaluate import accuracy_of, five_best
 from trainer.finetune_checkpoint import Finetuned, Header, Progress
 from trainer.finetune_config import FREE_ON_RESUME, FinetuneConfig
 from trainer.finetune_data import AugmentedBatch, AugmentedImages, batches
 from trainer.finetune_step import FinetuneState, FinetuneStepper
-from trainer.labelled import load_ahead
+from trainer.labelled import CentreSquares
 from trainer.model import pick_device
 from trainer.objectives.interface import Normalise
 from trainer.run_log import LogRow, RunLog
 from trainer.session import Stopwatch, stop_request
 from trainer.split import Split, open_split
+from trainer.workers import load_ahead
 
 logger = logging.getLogger(__name__)
 

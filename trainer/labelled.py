@@ -6,15 +6,13 @@ label, and images that cannot be decoded, are left out and counted in a warning,
 """
 
 import logging
-import multiprocessing
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cache_builder import imaging
 from cache_builder.errors import ConfigError, ImageError, PatchCacheError, SourceError
@@ -24,10 +22,9 @@ from cache_builder.formats.manifest import MANIFEST_NAME, PLAN_NAME
 from cache_builder.formats.plan import PlanRow, PlanUnit
 from cache_builder.formats.units import IMAGE_ALONE
 from cache_builder.formats.views import centre_square
-from cache_builder.sources import ImageJoin, open_source
+from cache_builder.sources import ImageJoin, image_bytes, open_source
 from cache_builder.stores import open_store
 from trainer.data import stable_hash
-from trainer.workers import belong_to_the_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -141,33 +138,45 @@ def centre_pixels(image: bytes, size: int, share: float = 1.0) -> Tensor:
     return imaging.apply_view(picture, square, size)
 
 
-def load_ahead(
-    dataset: Any, batches: Iterable[Any], *, num_workers: int, device: torch.device
-) -> Generator[Any]:
-    """Yield `dataset.__getitems__(batch)` of every batch in order, read by worker processes.
+class Squares(NamedTuple):
+    """Labelled images that could be decoded."""
 
-    What it returns goes into pinned memory for a CUDA device; a `PatchCacheError` that it returns
-    is raised here, because torch would hide its message in the traceback of a worker.
-    """
-    context = None
-    if num_workers > 0:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.evaluate", "trainer.finetune_data"])
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        multiprocessing_context=context,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=belong_to_the_main_process,
-        # The workers' seed; without its own generator it would be drawn from the model's.
-        generator=torch.Generator(),
-    )
-    for item in loader:
-        if isinstance(item, PatchCacheError):
-            raise item
-        yield item
+    pixels: Tensor | None  # (B, 3, S, S) uint8; None without any
+    labels: Tensor  # (B,)
+    keys: list[str]
+    refused: list[str]
+
+
+class CentreSquares:
+    """Reads labelled images as batches of centred squares."""
+
+    def __init__(self, images: LabelledImages, size: int, share: float = 1.0) -> None:
+        """Take the side in pixels, and which share of the largest square it stands for."""
+        self._images = images
+        self._size = size
+        self._share = share
+
+    def __getitems__(self, places: Sequence[Place]) -> Squares | PatchCacheError:
+        """Return the batch at these places, or an error that a user can mend."""
+        try:
+            return self._read(places)
+        except PatchCacheError as exc:
+            return exc
+
+    def _read(self, places: Sequence[Place]) -> Squares:
+        pixels, labels, keys, refused = [], [], [], []
+        for sample in self._images.read(places):
+            if sample.label is None:
+                continue
+            try:
+                pixels.append(centre_pixels(image_bytes(sample.image), self._size, self._share))
+            except ImageError as exc:
+                refused.append(f"{sample.key}: {exc}")
+                continue
+            labels.append(sample.label)
+            keys.append(sample.key)
+        stacked = torch.stack(pixels) if pixels else None
+        return Squares(stacked, torch.tensor(labels, dtype=torch.int64), keys, refused)
 
 
 class _CacheImages:
@@ -282,7 +291,3 @@ def _is_cache(location: str) -> bool:
         # A build that has not finished is a cache too, and refused as one.
         return store.exists(MANIFEST_NAME) or store.exists(PLAN_NAME)
     return False
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

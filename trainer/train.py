@@ -26,7 +26,7 @@ from trainer import checkpoint as checkpoints
 from trainer import distributed, finetune_checkpoint, flops
 from trainer.checkpoint import CacheIdentity, Checkpoint, Header, Progress
 from trainer.config import TrainConfig
-from trainer.data import BatchOrder, CachedViews, read_batches
+from trainer.data import BatchOrder, CachedViews
 from trainer.distributed import Ranks
 from trainer.model import VitSpec, pick_device, vit_spec
 from trainer.optim import learning_rate
@@ -34,6 +34,7 @@ from trainer.run_log import LogRow, RunLog
 from trainer.session import Stopwatch, rare_collections, stop_request
 from trainer.step import State, Stepper
 from trainer.viewer import Viewer
+from trainer.workers import load_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class Trainer:
             tokenizer=config.data.tokenizer,
             payloads=self.objective.payloads,
         )
-        batches = read_batches(
+        batches = load_ahead(
             dataset,
             map(self._order.picks, range(self.step, last_step)),
             num_workers=config.data.num_workers,

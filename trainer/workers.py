@@ -1,12 +1,70 @@
-"""What a process that reads data ahead for the trainer does when it begins."""
+"""Processes that read data ahead for the trainer.
+
+Workers come from a fork server: forking a process that has used torch's threads can hang, and
+spawning pays the import of torch in every worker.
+"""
 
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Generator, Iterable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from cache_builder.errors import PatchCacheError
+
+B_co = TypeVar("B_co", covariant=True)
+T = TypeVar("T")
 
 
-def belong_to_the_main_process(worker: int) -> None:
+class Dataset(Protocol[B_co]):
+    """What reads batches; it is sent to every worker."""
+
+    def __getitems__(self, places: Any, /) -> B_co | PatchCacheError:
+        """Return the batch at these places, or an error that a user can mend."""
+
+
+def load_ahead(
+    dataset: Dataset[T], batches: Iterable[Any], *, num_workers: int, device: torch.device
+) -> Generator[T]:
+    """Yield `dataset.__getitems__(places)` of every element of `batches`, in order.
+
+    Workers live until the iterator ends or is closed; they read ahead by two batches each. Tensors
+    are in pinned memory for a CUDA device.
+
+    Raises:
+        PatchCacheError: The dataset returns one; raised in a worker, torch would hide its message
+            in a traceback.
+    """
+    context = None
+    if num_workers > 0:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([type(dataset).__module__])
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        multiprocessing_context=context,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_belong_to_the_main_process,
+        # The workers' seed; without its own generator it would be drawn from the model's.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, PatchCacheError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _belong_to_the_main_process(worker: int) -> None:
     """Leave signals to the main process, and end with it, however it ends.
 
     A terminal sends Ctrl-C to every process; a worker that dies of it would take the last step with

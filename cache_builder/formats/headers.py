@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cache_builder.errors import ArtifactError, FormatVersionError
+from cache_builder.errors import ArtifactError, FormatVersionError, one_line
 
 _NAME = re.compile(r"[A-Za-z0-9_.-][A-Za-z0-9_./-]{0,500}")
 _MAX_SHOWN = 200  # characters of what a damaged file says
@@ -49,8 +49,7 @@ def first_problem(exc: ValidationError) -> str:
 
 def shorten(text: str) -> str:
     """Return what a damaged file says as a part of one readable line."""
-    shown = text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
-    return shown if shown.isprintable() else ascii(shown)[1:-1]
+    return one_line(text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}...")
 
 
 def _check_name(path: str) -> str:

@@ -25,6 +25,12 @@ _BLOCK_BYTES = 1 << 20
 _MAX_INFLATION: Final = 100  # images hardly shrink; tars of their labels do, tenfold or so
 
 
+def unreadable(location: str, reason: object, how: str = "") -> SourceError:
+    """Return the refusal of a file that is damaged; `how` it was read, such as "as a tar"."""
+    read = f"read {how}".rstrip()
+    return SourceError(f"{location} cannot be {read}: {reason}. Restore it, or leave it out.")
+
+
 class Container:
     """A file that is read by ranges; it closes itself when nothing holds it any more."""
 
@@ -49,9 +55,7 @@ class Container:
         try:
             return os.pread(self._handle, num_bytes, offset)
         except OSError as exc:
-            raise SourceError(
-                f"{self.location} cannot be read: {exc.strerror}. Restore it, or leave it out."
-            ) from exc
+            raise unreadable(self.location, exc.strerror) from exc
 
     def __enter__(self) -> "Container":
         """Return the container."""
@@ -117,9 +121,7 @@ class InflatedFile:
         try:
             data = self._file.read(num_bytes)
         except (OSError, EOFError, zlib.error) as exc:
-            raise SourceError(
-                f"{self._name} cannot be read as a tar: {exc}. Restore it, or leave it out."
-            ) from exc
+            raise unreadable(self._name, exc, "as a tar") from exc
         self._position += len(data)
         if self._position > self._limit:
             raise SourceError(

@@ -22,7 +22,7 @@ from cache_builder.formats.plan import PlanRow
 from cache_builder.prefetch import map_ahead
 from cache_builder.sources.classes import ValueClasses
 from cache_builder.sources.columns import clean_json
-from cache_builder.sources.containers import Container, ContainerFile, open_container
+from cache_builder.sources.containers import Container, ContainerFile, open_container, unreadable
 from cache_builder.sources.listing import MAX_UNIT_SIZE, Listing, Part, Row, list_parts
 from cache_builder.sources.names import base_name, is_remote, printable, size_problem
 
@@ -288,6 +288,4 @@ def _row_number(row: PlanRow) -> int:
 def _damaged(location: str, exc: Exception) -> SourceError:
     lines = str(exc).splitlines() or [type(exc).__name__]
     reason = shorten(lines[0].rstrip(". "))
-    return SourceError(
-        f"{location} cannot be read as Parquet: {reason}. Restore it, or leave it out."
-    )
+    return unreadable(location, reason, "as Parquet")

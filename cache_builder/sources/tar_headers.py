@@ -8,8 +8,7 @@ any name needs ends the tar.
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from cache_builder.errors import SourceError
-from cache_builder.sources.containers import Stream
+from cache_builder.sources.containers import Stream, unreadable
 
 BLOCK_BYTES = 512
 
@@ -54,17 +53,12 @@ def tar_members(stream: Stream, where: str) -> Iterator[TarMember]:
     while (block := stream.read(BLOCK_BYTES)) != _END:
         header = parse_header(block)
         if header is None:
-            raise SourceError(
-                f"{where} cannot be read as a tar: cut short or damaged at byte {position:,}. "
-                "Restore it, or leave it out."
-            )
+            raise unreadable(where, f"cut short or damaged at byte {position:,}", "as a tar")
         position += BLOCK_BYTES
         if header.type in (b"L", b"K", b"x", b"g"):
             if header.num_bytes > _MAX_NAME_BYTES:
-                raise SourceError(
-                    f"{where} cannot be read as a tar: the header at byte {position:,} claims "
-                    f"{header.num_bytes:,} bytes. Restore it, or leave it out."
-                )
+                claim = f"the header at byte {position:,} claims {header.num_bytes:,} bytes"
+                raise unreadable(where, claim, "as a tar")
             content = stream.read(header.num_bytes)
             if header.type == b"L":
                 name = content.split(b"\0", 1)[0]

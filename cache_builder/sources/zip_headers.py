@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from cache_builder.errors import ImageError, SourceError
 from cache_builder.formats.headers import shorten
-from cache_builder.sources.containers import Container
+from cache_builder.sources.containers import Container, unreadable
 from cache_builder.sources.names import MAX_IMAGE_BYTES
 
 STORED: Final = 0
@@ -186,6 +186,4 @@ def _large_values(extra: bytes, size: int, packed: int, offset: int) -> tuple[in
 
 
 def _damaged(zip_file: Container, what: str) -> SourceError:
-    return SourceError(
-        f"{zip_file.location} cannot be read as a zip: {what}. Restore it, or leave it out."
-    )
+    return unreadable(zip_file.location, what, "as a zip")

@@ -11,7 +11,8 @@ from cache_builder.formats import TokenCache, View
 from cache_builder.imaging import apply_view, decode
 from tests import factories
 from tests.trainer.caches import make_cache
-from trainer.data import BatchOrder, CachedViews, Pick, epoch_order, read_batches, view_index
+from trainer.data import BatchOrder, CachedViews, Pick, epoch_order, view_index
+from trainer.workers import load_ahead
 
 CPU = torch.device("cpu")
 
@@ -88,7 +89,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     def batches(num_workers):
         dataset = CachedViews(path, image_size=factories.SIZE)
         picks = map(order.picks, range(2, 6))
-        return list(read_batches(dataset, picks, num_workers=num_workers, device=CPU))
+        return list(load_ahead(dataset, picks, num_workers=num_workers, device=CPU))
 
     for alone, shared in zip(batches(0), batches(2), strict=True):
         assert alone.keys == shared.keys
@@ -128,4 +129,4 @@ def test_an_error_in_a_worker_reaches_the_caller_as_it_is(tmp_path):
     (tmp_path / "images" / "a" / "000.png").unlink()
     dataset = CachedViews(bare, image_size=factories.SIZE)
     with pytest.raises(ConfigError, match="a/000"):
-        list(read_batches(dataset, [[Pick(0, 0, 0)]], num_workers=1, device=CPU))
+        list(load_ahead(dataset, [[Pick(0, 0, 0)]], num_workers=1, device=CPU))

@@ -9,7 +9,7 @@ cannot be tokenised is reported and holds up no other.
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from cache_builder.errors import (
 )
 from cache_builder.files import publish
 from cache_builder.formats.plan import PlanUnit
+from cache_builder.reporting import Progress
 from cache_builder.sources import Listing, Source, open_source
 from cache_builder.sources.names import is_image
 from tokenizers_svc.client.answers import Tokens
@@ -84,7 +85,7 @@ class _Place(NamedTuple):
             yield unit, [prefix + row.source for row in unit.rows]
 
 
-def run(options: TokenizeOptions, progress: Callable[[int, int], None]) -> Summary:
+def run(options: TokenizeOptions, progress: Progress) -> Summary:
     """Tokenise.
 
     Args:
@@ -185,7 +186,7 @@ def _tokenize(
     names: list[str],
     journal: _Journal,
     options: TokenizeOptions,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Summary:
     wanted = set(names) - journal.names
     summary = Summary(num_images=len(names), num_kept=len(names) - len(wanted))

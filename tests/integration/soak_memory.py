@@ -5,15 +5,16 @@ process that started them.
 
 A process that lives for at least `LONG_S` is judged by itself: a line through its samples after the
 first third of its life may rise by at most `GROWTH` of its mean, and `GROWTH_BYTES`, until the end.
-Of those that come and go under one name, the largest memory of the later half of them is held
-against that of the earlier half in the same way.
+Of those that come and go under one name, the upper quartile of the largest memory of the later half
+of them is held against that of the earlier half in the same way: a driver of a build takes 0.2 GB
+more in the last tenth of a second of its life, which is seen of one in ten or so.
 """
 
 import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +141,8 @@ def _row(name: str, lives: list[list[tuple[float, int]]]) -> Row:
     else:
         peaks = [max(size for _, size in life) for life in lives]
         half = len(peaks) // 2
-        first, last = _largest(peaks[:half] or peaks), _largest(peaks[half:])
+        parts = (peaks[:half] or peaks, peaks[half:])
+        first, last = (float(np.percentile(part, 75)) for part in parts)
     grown = last - first
     may_grow = GROWTH * first + GROWTH_BYTES
     is_judged = bool(long) or len(lives) >= _MIN_LIVES
@@ -153,7 +155,3 @@ def _ends_of_line(life: list[tuple[float, int]]) -> tuple[float, float]:
     times, sizes = np.array(life, float)[len(life) // 3 :].T
     slope, start = np.polyfit(times - times[0], sizes, 1)
     return float(start), float(start + slope * (times[-1] - times[0]))
-
-
-def _largest(sizes: Iterable[int]) -> float:
-    return float(max(sizes))

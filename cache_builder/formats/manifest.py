@@ -346,7 +346,8 @@ class CacheManifest(LeavesOutUnset, frozen=True, extra="forbid"):
             if getattr(self, name) != total:
                 return f"{name} is {getattr(self, name)}, and its shards have {total}"
         if self.payloads != self.spec.payloads:
-            return f"payloads are {self.payloads}, and by its settings {self.spec.payloads}"
+            found, expected = ", ".join(self.payloads), ", ".join(self.spec.payloads)
+            return f"payloads are {shorten(found)}, and by its settings {expected}"
         if not store.exists(PLAN_NAME):
             return None  # readers need none
         plan = read_model(_Planned, store, PLAN_NAME)

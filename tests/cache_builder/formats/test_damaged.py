@@ -116,6 +116,13 @@ def test_totals_that_are_not_those_of_the_shards_are_refused(tar_cache, name):
         TokenCache.open(tar_cache)
 
 
+def test_payloads_of_any_length_are_refused_in_a_line_that_can_be_read(tar_cache):
+    edit(tar_cache / "manifest.json", lambda tree: tree["payloads"].append("9" * 5000))
+    expected = r"payloads are tokens, views, image, 9{50,300}\.\.\., and by its settings tokens"
+    with pytest.raises(ArtifactError, match=expected):
+        TokenCache.open(tar_cache)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("unit_size", 3), ("vocab_size", 7), ("fingerprint", "0" * 64)]
 )

@@ -1,17 +1,11 @@
 """The examples that the commands' help ends in, run one after the other as a user would."""
 
-import contextlib
 import json
 import os
 import re
 import shlex
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,18 +13,7 @@ import pytest
 from cache_builder.cli import app
 from tests import factories
 from tests.conftest import Outcome
-
-BIN = Path(sys.executable).parent
-SMALLER = {
-    "fit": ["-k", "8", "--image-size", "32", "--patch-size", "8", "--iterations", "5"],
-    "build": ["--views", "2"],
-    "train": [
-        "--set", "run.steps=4", "--set", "data.batch_size=8", "--set", "model.embed_dim=32",
-        "--set", "model.num_heads=2", "--set", "optim.warmup_steps=1",
-        "--set", "run.checkpoint_every=2", "--set", "run.log_every=1",
-    ],
-    "finetune": ["--set", "data.batch_size=8", "--set", "run.epochs=2"],
-}  # fmt: skip
+from tests.small_commands import BIN, SMALLER, served
 
 
 def examples():
@@ -78,7 +61,7 @@ def test_the_examples_lead_from_a_folder_of_photos_to_a_served_and_exported_mode
         assert done.out.strip(), name
         assert "Traceback" not in done.err
     assert (folder / "vit.safetensors").stat().st_size > 10_000
-    with _served(folder, examples()["serve"]) as url:
+    with served(folder, examples()["serve"]) as url:
         photo = min((folder / "photos").rglob("*.jpg"))
         request = urllib.request.Request(f"{url}/v1/tokenize", data=photo.read_bytes())
         with urllib.request.urlopen(request, timeout=30) as reply:
@@ -96,26 +79,3 @@ def test_the_examples_lead_from_a_folder_of_photos_to_a_served_and_exported_mode
 def _on_this_run(word):
     # The examples name a checkpoint of a longer run.
     return word.replace("step_00001000.pt", "step_00000004.pt")
-
-
-@contextlib.contextmanager
-def _served(folder, words):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [str(port) if word == "8000" else word for word in words]
-    service = subprocess.Popen([BIN / "patchcache", *words], cwd=folder)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert service.poll() is None
-            assert time.monotonic() < deadline
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
-                break
-            time.sleep(0.1)
-        yield url
-    finally:
-        service.terminate()
-        assert service.wait(timeout=30) == 0

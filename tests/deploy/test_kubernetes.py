@@ -1,6 +1,8 @@
 """deploy/kubernetes against Kubernetes' own schemas, and against what the service really does."""
 
-import re
+import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,12 +11,15 @@ import yaml
 from cache_builder.formats import Codebook
 from tests.deploy.kuberay import check_object
 from tests.deploy.objects import DEPLOY, check_is_confined, command_of, kustomize, load
+from tests.deploy.slurm import record
+from tests.documents.blocks import texts_of
 from tests.tokenizers_svc.support import make_tokenizer, serving
-from tokenizers_svc.access import AccessOptions
+from tokenizers_svc.access import Access, AccessOptions
 from tokenizers_svc.app import create_app
 from tokenizers_svc.options import ServiceOptions, name_codebooks, read_limits
 
 KUBERNETES = DEPLOY / "kubernetes"
+PAGE = DEPLOY.parent / "docs/platforms.md"
 KEY = "k" * 32
 STRANGE = ("kustomization.yaml", "service-monitor.yaml")  # kinds that Kubernetes does not know
 FILES = sorted(p for p in KUBERNETES.rglob("*.yaml") if p.name not in STRANGE)
@@ -48,8 +53,7 @@ def client():
 
 def blocks_of_the_page():
     """What docs/platforms.md shows: a kustomization, and a rule of an adapter of metrics."""
-    page = (DEPLOY.parent / "docs/platforms.md").read_text()
-    return re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return texts_of(PAGE, "yaml")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -147,6 +151,22 @@ def test_prometheus_finds_the_metrics_with_a_key(client):
     (rule,) = yaml.safe_load(blocks_of_the_page()[1])["rules"]
     assert rule["name"] == {"as": metric}
     assert rule["seriesQuery"].startswith(f"{metric}{{")
+
+
+def test_the_page_makes_the_keys_that_the_service_and_prometheus_read(tmp_path):
+    (block,) = [text for text in texts_of(PAGE, "bash") if "client-key" in text]
+    record(tmp_path, "kubectl")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, check=True)
+    access = Access(AccessOptions(key_file=tmp_path / "keys"))
+    assert access.find((tmp_path / "client-key").read_text()).name == "somebody"
+    assert access.find((tmp_path / "metrics-key").read_text()).name == "prometheus"
+    create, apply = map(json.loads, (tmp_path / "commands").read_text().splitlines())
+    monitor = load("kubernetes/monitoring/service-monitor.yaml")["spec"]["endpoints"][0]
+    read = monitor["authorization"]["credentials"]
+    assert create[2:6] == ["create", "secret", "generic", read["name"]]
+    assert f"--from-file={read['key']}" in create
+    assert (DEPLOY.parent / apply[-1] / "kustomization.yaml").is_file()
 
 
 def test_the_build_is_told_what_it_understands():

@@ -1,8 +1,9 @@
 """Every fenced block of the documents is run, or checked, or has a reason why not.
 
-Python is run in `test_python.py`. Commands are parsed by the command line itself: their
-names, options, values and arguments are right, whether or not what they work on is there; the
-examples of every command are run in `tests/test_examples.py`.
+Python is run in `test_python.py`, and the commands that can be in `test_shell.py`; `programs.py`
+has the reasons of the others. Here all are parsed by the command line itself: their names,
+options, values and arguments are right. The examples of every command are run in
+`tests/test_examples.py`.
 """
 
 import json
@@ -17,24 +18,13 @@ import yaml
 from cache_builder.cli import app
 from tests.documents.blocks import Block, blocks_of, commands_of
 from tests.documents.pages import PAGES, ROOT
+from tests.documents.programs import OTHERS
 
 SHELL = {"bash", "sh", "console"}
 # Not run and not parsed.
 NO_CODE = {
     "text": "what a command prints, a drawing or a formula",
 }
-# Commands of other programs: neither run nor parsed here.
-OTHERS = {
-    "ray": "needs a cluster", "kubectl": "needs a cluster", "helm": "needs a cluster",
-    "srun": "needs Slurm", "squeue": "needs Slurm",
-    "docker": "needs an engine", "podman": "needs an engine",
-    "apt-get": "changes the machine", "apt": "changes the machine", "git": "needs a remote",
-    "cd": "moves the shell", "source": "changes the shell", "export": "changes the shell",
-    "mkdir": "prepares a folder", "cp": "prepares a folder", "kill": "ends a job of the shell",
-    "ls": "only looks", "cat": "only looks", "cut": "only looks", "head": "only looks",
-    "tail": "only looks", "jq": "only looks", "od": "only looks", "tr": "only looks",
-    "echo": "only looks", "chmod": "prepares a folder",
-}  # fmt: skip
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 CLI = typer.main.get_command(app)
 

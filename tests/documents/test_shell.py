@@ -25,7 +25,8 @@ ELSEWHERE = {"tokenizers.md": "with its plugin, by tests/test_plugin_route.py"}
 RUN = {"patchcache", "curl"}
 FILLED = {"build", "convert", "import", "merge", "pull", "subset"}  # these want an empty --out
 HERE = {  # in this process, without Ray
-    name: ["--workers", "0"] for name in ("build", "convert", "import", "merge", "subset", "verify")
+    name: ["--workers", "0"]
+    for name in ("build", "convert", "fit", "import", "merge", "subset", "verify")
 }
 URL = re.compile(r"http://127\.0\.0\.1:\d+")
 

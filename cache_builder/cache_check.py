@@ -26,6 +26,7 @@ from cache_builder.damage import (
 from cache_builder.errors import PatchCacheError
 from cache_builder.files import sha256_bytes
 from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.headers import shorten
 from cache_builder.formats.manifest import (
     CODEBOOK_NAME,
     MANIFEST_NAME,
@@ -223,8 +224,8 @@ class CacheCheck:
             plan = part.plan.model
             if plan and plan.units_sha256 != digest:
                 detail = (
-                    f"{part.store.where(PLAN_NAME)} has units_sha256 {plan.units_sha256}, but the "
-                    f"files of the plan have {digest}"
+                    f"{part.store.where(PLAN_NAME)} has units_sha256 {shorten(plan.units_sha256)}, "
+                    f"but the files of the plan have {digest}"
                 )
                 yield Damage("changed", detail, part.file(PLAN_NAME), layer=part.name)
 

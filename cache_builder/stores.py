@@ -6,6 +6,7 @@ request. `publish` replaces; `publish_new` refuses to, so that of two writers on
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -160,27 +161,31 @@ class LocalStore:
 
     def exists(self, name: str) -> bool:
         """Say whether there is a file of that name."""
-        return (self.root / name).is_file()
+        try:
+            with _names_of_no_files():
+                return (self.root / name).is_file()
+        except FileNotFoundError:
+            return False
 
     def read(self, name: str) -> bytes:
         """Return the content of a file."""
-        with _folders_are_no_files():
+        with _names_of_no_files():
             return (self.root / name).read_bytes()
 
     def measure(self, name: str) -> Measure:
         """Return length and SHA-256 of a file."""
-        with _folders_are_no_files(), (self.root / name).open("rb") as file:
+        with _names_of_no_files(), (self.root / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
             return Measure(file.tell(), digest.hexdigest())
 
     def size(self, name: str) -> int:
         """Return the length of a file, bytes."""
-        with _folders_are_no_files():
+        with _names_of_no_files():
             return (self.root / name).stat().st_size
 
     def open(self, name: str) -> "LocalReader":
         """Open a file for reads in any order."""
-        with _folders_are_no_files():
+        with _names_of_no_files():
             return LocalReader(self.root / name)
 
     def publish(self, name: str, data: bytes) -> None:
@@ -252,11 +257,13 @@ class LocalReader:
 
 
 @contextlib.contextmanager
-def _folders_are_no_files() -> Iterator[None]:
-    """Say of a name that is a folder's, or leads through a file, that there is no such file."""
+def _names_of_no_files() -> Iterator[None]:
+    """Say of a name that is a folder's, leads through a file or is too long: there is no file."""
     try:
         yield
-    except (IsADirectoryError, NotADirectoryError) as exc:
+    except OSError as exc:
+        if exc.errno not in {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}:
+            raise
         raise FileNotFoundError(exc.errno, exc.strerror, exc.filename) from exc
 
 

@@ -61,7 +61,10 @@ def read_row(container: Container, row: PlanRow) -> bytes | ImageError:
         return exc
     if kind == "parquet":
         return next(image for _, image in parquet.read_rows(container, [row]))
-    raise ConfigError(f"{container.location} is of no kind that is known.")
+    raise ConfigError(
+        f"{container.location} is neither a tar nor a zip nor a Parquet file, and a plan says that "
+        "images lie in it. `patchcache verify` on the cache tells what is damaged."
+    )
 
 
 def image_bytes(image: bytes | ImageError) -> bytes:

@@ -54,6 +54,14 @@ def test_what_is_not_there_is_not_found(store):
     store.remove("plan.json")
 
 
+def test_a_name_longer_than_a_file_can_have_is_one_that_is_not_there(store):
+    name = f"shards/{'0' * 2000}.tar"
+    assert not store.exists(name)
+    for ask in (store.read, store.size, store.measure):
+        with pytest.raises(FileNotFoundError):
+            ask(name)
+
+
 def test_of_two_writers_of_a_new_file_one_wins(store):
     store.publish_new("plan.json", b"first")
     with pytest.raises(FileExistsError, match=re.escape("plan.json")):

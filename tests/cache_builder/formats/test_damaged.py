@@ -123,6 +123,15 @@ def test_payloads_of_any_length_are_refused_in_a_line_that_can_be_read(tar_cache
         TokenCache.open(tar_cache)
 
 
+def test_verify_tells_of_a_shard_whose_name_no_file_can_have(tar_cache):
+    record = tar_cache / "units" / "000000.json"
+    name = record.read_text().replace("shards/000000.tar", f"shards/{'0' * 300}.tar")
+    record.write_text(name)
+    report = verify.run(str(tar_cache), cluster=HERE)
+    assert report.problems
+    assert all(len(problem) < 2000 for problem in report.problems)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("unit_size", 3), ("vocab_size", 7), ("fingerprint", "0" * 64)]
 )

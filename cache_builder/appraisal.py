@@ -140,7 +140,7 @@ def run(options: AppraisalOptions, progress: Progress | None = None) -> Appraisa
         SourceError: The images cannot be listed or read, or none can be decoded.
     """
     tokenizer = PatchTokenizer.load(options.codebook, options.device, options.weights)
-    picked = pick_images(tokenizer.codebook, options.images, options.max_images)
+    picked = _pick_images(tokenizer.codebook, options.images, options.max_images)
     sums = _Sums(tokenizer)
     rows: list[PlanRow] = []
     skipped: list[Skipped] = []
@@ -166,7 +166,7 @@ def run(options: AppraisalOptions, progress: Progress | None = None) -> Appraisa
     return _conclude(tokenizer, picked, rows, skipped, sums)
 
 
-def pick_images(codebook: Codebook, images: str, max_images: int) -> Picked:
+def _pick_images(codebook: Codebook, images: str, max_images: int) -> Picked:
     """Choose images that the fit has not learned from, at most `max_images`, by hash of the key.
 
     Raises:

@@ -163,7 +163,7 @@ def build_targets(
             log.unit_done(report)
             if progress:
                 progress(report, plan.spec.source.num_samples)
-        manifest = write_manifests(store, plan, task, reports)
+        manifest = _write_manifests(store, plan, task, reports)
     return BuildSummary(
         manifest=manifest,
         num_units_kept=sum(report.was_there for report in reports),
@@ -193,7 +193,7 @@ def _counts(report: UnitReport) -> dict[str, float]:
     }
 
 
-def write_manifests(
+def _write_manifests(
     store: Store, plan: BuildPlan, task: BuildTask, reports: Sequence[UnitReport]
 ) -> CacheManifest:
     """Write the manifests of what is built, the cache's last; return that.
@@ -204,7 +204,7 @@ def write_manifests(
         task: What was built.
         reports: Of every unit, in any order.
     """
-    layers = {layer.name: layer for layer in finished_layers(store)}
+    layers = {layer.name: layer for layer in _finished_layers(store)}
     for number, name in enumerate(task.names):
         if name:
             below = layer_store(store, name)
@@ -222,7 +222,7 @@ def write_manifests(
     return publish_layers(store, ordered)
 
 
-def finished_layers(store: Store) -> tuple[LayerInfo, ...]:
+def _finished_layers(store: Store) -> tuple[LayerInfo, ...]:
     """Return the layers that a cache's manifest lists; none before it is written."""
     if not store.exists(MANIFEST_NAME):
         return ()

@@ -68,7 +68,7 @@ _ALPHA_MODES: Final = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 Image.init()  # without it, naming a format whose plug-in has not been loaded yet is a KeyError
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(data: bytes) -> Tensor:
     """Return the picture in `data` as upright RGB.
 
     The size is read from the header and checked before a pixel is decoded, and so is what makes a
@@ -77,16 +77,15 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     Args:
         data: An encoded image: JPEG, PNG, WebP, GIF, BMP or TIFF.
-        max_pixels: Largest width x height that is decoded.
 
     Returns:
         (3, H, W) uint8.
 
     Raises:
-        ImageTooLargeError: More pixels than that.
+        ImageTooLargeError: More pixels than `MAX_PIXELS`.
         ImageError: Not an image, corrupt, truncated, hostile, or without a defined range.
     """
-    return EncodedImage(data, max_pixels=max_pixels).decode()
+    return EncodedImage(data).decode()
 
 
 class EncodedImage:

@@ -81,7 +81,7 @@ def run(options: ImportOptions, progress: Progress | None = None) -> ImportSumma
     rows = open_rows(options.tokens)
     boxes = open_rows(options.crop_settings) if options.crop_settings else None
     places = _places(options, rows, boxes)
-    codebook = foreign_codebook(options)
+    codebook = _foreign_codebook(options)
     store = open_store(options.out)
     with store.lock(holder()):
         listing = open_source(options.images).scan(options.unit_size)
@@ -107,7 +107,7 @@ def run(options: ImportOptions, progress: Progress | None = None) -> ImportSumma
     return ImportSummary(manifest, sum(report.was_there for report in reports))
 
 
-def foreign_codebook(options: ImportOptions) -> Codebook:
+def _foreign_codebook(options: ImportOptions) -> Codebook:
     """Return what stands for a tokenizer of which only the ids are known.
 
     Raises:

@@ -35,7 +35,7 @@ def describe(path: Path) -> Description:
     if path.suffix == ".safetensors":
         return describe_codebook(Codebook.load(path))
     if path.suffix == ".tar":
-        return describe_shard(path)
+        return _describe_shard(path)
     raise ArtifactError(
         f"{path} is not a codebook (.safetensors), a cache (directory), a shard (.tar) or a "
         "checkpoint (.pt)."
@@ -68,7 +68,7 @@ def describe_codebook(codebook: Codebook) -> Description:
     }
 
 
-def describe_shard(path: Path) -> Description:
+def _describe_shard(path: Path) -> Description:
     """Describe one tar by walking it."""
     num_samples, num_bytes, first = 0, 0, None
     for sample in read_shard(path):

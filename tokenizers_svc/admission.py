@@ -78,8 +78,8 @@ class Door:
         """How long the pictures inside will take, seconds."""
         return self.num_pictures * self._seconds_per_picture()
 
-    def admit(self, *, num_pictures: int = 1, num_bytes: int = 0) -> Place:
-        """Return a place for so many pictures, in a body that announces so many bytes.
+    def admit(self, *, num_bytes: int = 0) -> Place:
+        """Return a place for one picture, in a body that announces so many bytes.
 
         Raises:
             ProblemError: 429, with the limit that was passed and a Retry-After.
@@ -93,7 +93,7 @@ class Door:
                 actual=round(wait_s, 3),
             )
         place = Place(self)
-        place.hold_pictures(num_pictures)
+        place.hold_pictures(1)
         try:
             place.hold_bytes(num_bytes)
         except ProblemError:

@@ -82,16 +82,13 @@ class Batcher:
         return self._pending.num_waiting
 
     @property
-    def expected_wait_s(self) -> float:
-        """How long the pictures that are here now will take, seconds, judging by the last ones."""
-        ahead = self.num_waiting + self._workers.num_running
-        return self._work_s(len(self._pending.undecoded), ahead)
-
-    @property
     def seconds_per_picture(self) -> float:
         """What one more picture adds, decoding included, judging by the last ones."""
-        max_batch = self._pending.max_batch
-        return self._work_s(max_batch, max_batch) / max_batch
+        crew, max_batch = self._crew, self._pending.max_batch
+        encode_s = self._books.pace.predict(max_batch, max_batch) / max_batch / crew.num_turns
+        decode_s = self._books.decode_s / (crew.num_decoders or crew.num_lanes)
+        # Decoders work beside the lanes; lanes that decode do one after the other.
+        return max(encode_s, decode_s) if crew.num_decoders else encode_s + decode_s
 
     def stats(self) -> BatcherStats:
         """Return what the batcher is doing."""
@@ -188,11 +185,3 @@ class Batcher:
         except asyncio.CancelledError:
             self._pending.discard(thing)
             raise
-
-    def _work_s(self, num_undecoded: int, num_pictures: int) -> float:
-        """Return how long so many files and runs take, seconds, judging by the last ones."""
-        crew = self._crew
-        encode_s = self._books.pace.predict(num_pictures, self._pending.max_batch) / crew.num_turns
-        decode_s = num_undecoded * self._books.decode_s / (crew.num_decoders or crew.num_lanes)
-        # Decoders work beside the lanes; lanes that decode do one after the other.
-        return max(encode_s, decode_s) if crew.num_decoders else encode_s + decode_s

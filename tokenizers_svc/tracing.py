@@ -8,7 +8,7 @@ which the library reads.
 """
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from cache_builder.errors import ConfigError
 from tokenizers_svc.observation import RequestRecord
@@ -20,16 +20,6 @@ if TYPE_CHECKING:
 _QUIET_ROUTES = {"/healthz", "/readyz", "/metrics"}
 _MOST_STAGES = 256  # four of each picture in the largest batch
 _SERVER_ERROR = 500
-
-
-class Tracer(Protocol):
-    """What a server needs of tracing."""
-
-    def trace_request(self, record: RequestRecord) -> None:
-        """Make the spans of a request that has ended."""
-
-    def close(self) -> None:
-        """Send what has not been sent."""
 
 
 def make_tracer(endpoint: str | None = None) -> "OtlpTracer":

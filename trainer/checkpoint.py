@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, Field, JsonValue
-from timm.models.vision_transformer import VisionTransformer
 
 from cache_builder import files
 from cache_builder.errors import (
@@ -28,7 +27,7 @@ from cache_builder.errors import (
 from cache_builder.formats import CacheManifest
 from cache_builder.stores import absolute_location
 from trainer.config import TrainConfig, differences, parse_config
-from trainer.model import VitSpec, build_vit
+from trainer.model import VitSpec
 from trainer.saved import read_saved, write_saved
 
 logger = logging.getLogger(__name__)
@@ -141,12 +140,6 @@ class Checkpoint(NamedTuple):
             for name, tensor in self.model.items()
             if name.startswith(_VIT_PREFIX)
         }
-
-    def build_vit(self) -> VisionTransformer:
-        """Return the ViT with its trained weights."""
-        vit = build_vit(self.header.vit_spec)
-        vit.load_state_dict(self.vit_state)
-        return vit
 
 
 def save(out_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:

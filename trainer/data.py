@@ -10,7 +10,7 @@ a step says everything about its data, whatever the number of workers, and a run
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -171,7 +171,6 @@ class CachedViews:
         *,
         image_size: int,
         images: str | None = None,
-        views: Literal["by epoch", "first"] = "by epoch",
         tokenizer: str | None = None,
         payloads: Collection[PayloadName] = (),
     ) -> None:
@@ -181,7 +180,6 @@ class CachedViews:
             cache_path: A finished cache.
             image_size: Side of the pictures in a batch, pixels.
             images: Where the images lie, for a cache that holds none and whose images have moved.
-            views: `by epoch` is `view_index`, `first` the centred square.
             tokenizer: Fingerprint of one of several tokenizers of the cache; None is the first.
             payloads: Which of `soft` and `features`, which can be a hundred times as large as the
                 token ids, to read beside the images.
@@ -189,7 +187,6 @@ class CachedViews:
         self._cache_path = cache_path
         self._image_size = image_size
         self._images = images
-        self._views = views
         self._tokenizer = tokenizer
         self._payloads = frozenset({"image", *payloads})
         self._opened: TokenCache | None = None
@@ -221,9 +218,7 @@ class CachedViews:
         targets: dict[str, list[NDArray[Any]]] = {}
         for pick in picks:
             sample = self._cache.read(pick.shard, pick.row, payloads=self._payloads)
-            index = 0
-            if self._views == "by epoch":
-                index = view_index(sample.key, pick.epoch, len(sample.views))
+            index = view_index(sample.key, pick.epoch, len(sample.views))
             pixels.append(self._pixels(sample, pick.shard, index))
             for name in _TARGETS:
                 if (values := getattr(sample, name)) is not None:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 _BATCH_SIZE = 256
+_SEED = 0  # of the freshly initialised model
+_TEMPERATURE = 0.07  # of the votes
 _LBFGS_STEPS = 100
 _NUM_QUERIES = 1024
 
@@ -89,8 +91,6 @@ def probe(
     images: str | None = None,
     max_samples: int = 10_000,
     k: int = 20,
-    temperature: float = 0.07,
-    seed: int = 0,
     num_workers: int = 0,
     device: str = "auto",
 ) -> ProbeResult:
@@ -104,9 +104,7 @@ def probe(
         test_data: Such images to test on; None keeps a fifth of `data`, chosen by key, for it.
         images: Where the images lie, for a cache that holds none.
         max_samples: Most samples read of each place, chosen by key.
-        k: Neighbours that vote, each with weight exp(cosine / temperature).
-        temperature: Of the votes; 0.07 as in the k-NN protocol of DINO (arXiv:2104.14294).
-        seed: Of the freshly initialised model.
+        k: Neighbours that vote.
         num_workers: Processes that decode; 0 is fastest for pictures of a few kilobytes.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
@@ -115,12 +113,12 @@ def probe(
         SourceError: There are no images at a place.
         ConfigError: The samples have no labels, are of one class, or are too few.
     """
-    if max_samples < 1 or k < 1 or temperature <= 0:
-        raise ConfigError("max_samples and k must be at least 1, and temperature above 0.")
+    if max_samples < 1 or k < 1:
+        raise ConfigError("max_samples and k must be at least 1.")
     backbone = load_backbone(model).without_classifier()
     target = pick_device(device)
     trained = backbone.build()
-    models = [trained, freshly_initialised(backbone, seed)]
+    models = [trained, freshly_initialised(backbone, _SEED)]
     models = [each.to(target).eval() for each in models]
 
     place = data or backbone.cache
@@ -146,8 +144,8 @@ def probe(
     knn, linear = [], []
     for each in range(2):
         parts = _standardise(train[each], test[each])
-        knn.append(knn_accuracy(*parts, num_classes, k=k, temperature=temperature))
-        linear.append(linear_accuracy(*parts, num_classes))
+        knn.append(knn_accuracy(*parts, num_classes, k))
+        linear.append(_linear_accuracy(*parts, num_classes))
     commonest = train[0].labels.bincount().argmax()
     return ProbeResult(
         knn=knn[0].top1,
@@ -165,12 +163,11 @@ def probe(
     )
 
 
-def knn_accuracy(
-    train: Part, test: Part, num_classes: int, *, k: int, temperature: float
-) -> Accuracy:
+def knn_accuracy(train: Part, test: Part, num_classes: int, k: int) -> Accuracy:
     """Return how often the k nearest training samples, by cosine, name a test sample's class.
 
-    Each votes with weight exp(cosine / temperature). Ties go to the lower class.
+    Each votes with weight exp(cosine / 0.07), as in the k-NN protocol of DINO (arXiv:2104.14294).
+    Ties go to the lower class.
     """
     keys = normalize(train.features, dim=1)
     classes = one_hot(train.labels, num_classes).float()
@@ -179,13 +176,13 @@ def knn_accuracy(
     for block in queries:
         cosine, nearest = (block @ keys.T).topk(k, dim=1)
         # Subtracting the largest cosine scales all votes of a query alike and cannot overflow.
-        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        weights = ((cosine - cosine[:, :1]) / _TEMPERATURE).exp()
         votes = (weights[..., None] * classes[nearest]).sum(1)
         named.append(five_best(votes))
     return accuracy_of(torch.cat(named), test.labels)
 
 
-def linear_accuracy(train: Part, test: Part, num_classes: int) -> Accuracy:
+def _linear_accuracy(train: Part, test: Part, num_classes: int) -> Accuracy:
     """Return the accuracy of multinomial logistic regression on the test part.
 
     The weight decay is the one of `WEIGHT_DECAYS` that does best on every fifth training sample,
@@ -196,14 +193,14 @@ def linear_accuracy(train: Part, test: Part, num_classes: int) -> Accuracy:
     tuned = Part(train.features[held_out], train.labels[held_out])
 
     def accuracy(fit: Part, score: Part, weight_decay: float) -> Accuracy:
-        weight, bias = fit_logistic(fit, num_classes, weight_decay)
+        weight, bias = _fit_logistic(fit, num_classes, weight_decay)
         return accuracy_of(five_best(score.features @ weight + bias), score.labels)
 
     best = max(WEIGHT_DECAYS, key=lambda decay: accuracy(fitted, tuned, decay).top1)
     return accuracy(train, test, best)
 
 
-def fit_logistic(part: Part, num_classes: int, weight_decay: float) -> tuple[Tensor, Tensor]:
+def _fit_logistic(part: Part, num_classes: int, weight_decay: float) -> tuple[Tensor, Tensor]:
     """Fit weight (D, C) and bias (C,) by L-BFGS, from zero.
 
     Minimises mean cross-entropy + weight_decay / 2 * |weight|^2.
@@ -223,7 +220,7 @@ def fit_logistic(part: Part, num_classes: int, weight_decay: float) -> tuple[Ten
     return weight.detach(), bias.detach()
 
 
-def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
+def _pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     """Return what is measured of images: (B, 3, S, S) float to (B, D) float32.
 
     Of a ViT the mean patch token after the final norm; of other models of timm what their
@@ -264,7 +261,7 @@ def _read(
         inputs = normalise_input(pixels.to_unit_range(batch.pixels, device))
         with torch.inference_mode():
             for rows, model in zip(features, models, strict=True):
-                rows.append(pooled_features(model, inputs).cpu())
+                rows.append(_pooled_features(model, inputs).cpu())
         labels.append(batch.labels)
         is_test.extend(is_test_key(key) for key in batch.keys)
     images.close()

@@ -118,7 +118,7 @@ def class_mapping(train: LabelledImages, test: LabelledImages) -> list[int] | No
     return [train.class_names.index(name) for name in test.class_names]
 
 
-def centre_pixels(image: bytes, size: int, share: float = 1.0) -> Tensor:
+def _centre_pixels(image: bytes, size: int, share: float = 1.0) -> Tensor:
     """Return the centred square of an image, (3, size, size) uint8.
 
     Args:
@@ -169,7 +169,7 @@ class CentreSquares:
             if sample.label is None:
                 continue
             try:
-                pixels.append(centre_pixels(image_bytes(sample.image), self._size, self._share))
+                pixels.append(_centre_pixels(image_bytes(sample.image), self._size, self._share))
             except ImageError as exc:
                 refused.append(f"{sample.key}: {exc}")
                 continue

@@ -108,7 +108,7 @@ class RunLog:
             row.images_per_s,
             "" if row.mfu is None else f" mfu {row.mfu:.1%}",
             100 * row.data_wait,
-            format_duration(remaining_s),
+            _format_duration(remaining_s),
         )
 
     def write_picture(self, pixels: NDArray[np.uint8], step: int) -> None:
@@ -133,13 +133,7 @@ class RunLog:
             self._wandb.finish(exit_code=0 if exc_info[0] is None else 1)
 
 
-def read_rows(out_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's log."""
-    lines = (out_dir / LOG_NAME).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def format_duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """Return a time as 45s, 1m20s or 3h07m."""
     whole = round(seconds)
     if whole < 60:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cache_builder.formats import CacheManifest, Codebook
-from trainer import distributed
+from trainer import distributed, pixels
 from trainer.config import TrainConfig
 from trainer.data import Batch
 from trainer.distributed import Ranks
-from trainer.draws import derived_seed
+from trainer.draws import SampleGenerator, derived_seed
 from trainer.model import build_objective, uses_bf16
+from trainer.objectives.interface import Targets
 from trainer.optim import (
     WeightAverage,
     build_optimizer,
@@ -31,7 +32,6 @@ from trainer.optim import (
     set_learning_rate,
     step_if_finite,
 )
-from trainer.viewer import step_inputs
 
 # Blocks differ by their rate of stochastic depth, and each rate is a graph of its own.
 _MOST_GRAPHS = 128
@@ -43,6 +43,27 @@ class State(NamedTuple):
     model: dict[str, Any]
     optimizer: dict[str, Any]
     average: dict[str, Any] | None  # of the ViT's weights, by its own names
+
+
+def step_inputs(
+    batch: Batch, config: TrainConfig, step: int, device: torch.device, first: int = 0
+) -> tuple[Tensor, Targets, SampleGenerator]:
+    """Return what the method is called with on a batch.
+
+    Args:
+        batch: Samples of the global batch of `step`, or some of them.
+        config: Of the run.
+        step: Counted from 0.
+        device: Of the method.
+        first: Place of the first sample in the global batch.
+    """
+    seed, count = config.run.seed, len(batch.keys)
+    generator = SampleGenerator(seed, step, first=first, count=count, device=device)
+    targets = batch.targets(device)
+    images = targets.clean
+    if config.data.color_jitter:
+        images = pixels.jitter_colour(images, config.data.color_jitter, generator)
+    return images, targets, generator
 
 
 class Stepper:

@@ -60,10 +60,11 @@ def run(
     cache_path: str | Path,
     out_dir: str | Path,
     *,
-    resume: bool = True,
     stop_after: int | None = None,
 ) -> TrainSummary:
     """Train from a cache until `run.steps`, or until asked to leave.
+
+    A run that has a checkpoint in `out_dir` goes on from the newest.
 
     SIGTERM and Ctrl-C let the current step finish, write a checkpoint and return; a second one
     acts at once. Ranks, if there are several, leave after the same step.
@@ -72,7 +73,6 @@ def run(
         config: The settings.
         cache_path: A finished cache.
         out_dir: Checkpoints, log and TensorBoard files; created if need be.
-        resume: Go on from the newest checkpoint in `out_dir`, if there is one.
         stop_after: Leave after this step of the run, as on SIGTERM; the schedule does not change.
 
     Raises:
@@ -95,29 +95,24 @@ def run(
     device = distributed.local_device(pick_device(config.run.device))
     with distributed.join(device) as ranks:
         trainer = Trainer(config, manifest, codebook, identity, out_dir, ranks, device)
-        found = _newest(out_dir, ranks, is_wanted=resume)
+        found = _newest(out_dir, ranks)
         if found is not None:
             trainer.restore(*found)
         return trainer.train(cache_path, min(config.run.steps, stop_after or config.run.steps))
 
 
-def _newest(out_dir: Path, ranks: Ranks, *, is_wanted: bool) -> tuple[Path, Checkpoint] | None:
+def _newest(out_dir: Path, ranks: Ranks) -> tuple[Path, Checkpoint] | None:
     """Return the checkpoint to go on from, the same one on every rank.
 
     It is the first rank's, which has written it. A host that has no such file is sent it.
 
     Raises:
-        ConfigError: A run is not to be resumed and there is one, or another host alone has it.
+        ConfigError: Another host alone has one.
         ArtifactError: Every checkpoint is damaged.
     """
     read: dict[Path, Checkpoint] = {}
 
     def find() -> tuple[Path, str] | None:
-        newest = checkpoints.latest(out_dir)
-        if newest is not None and not is_wanted:
-            raise ConfigError(
-                f"{out_dir} holds a run already ({newest.name}). Resume it, or pass another --out."
-            )
         found = checkpoints.newest_good(out_dir)
         if found is None:
             return None

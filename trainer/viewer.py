@@ -7,41 +7,19 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cache_builder.formats import Codebook
-from trainer import flops, pictures, pixels
+from trainer import flops, pictures
 from trainer.config import TrainConfig
 from trainer.data import Batch
-from trainer.draws import SampleGenerator
 from trainer.model import uses_bf16
-from trainer.objectives.interface import Targets
 from trainer.run_log import RunLog
+from trainer.step import step_inputs
 
 logger = logging.getLogger(__name__)
 
 _SAMPLES_COUNTED = 2
-
-
-def step_inputs(
-    batch: Batch, config: TrainConfig, step: int, device: torch.device, first: int = 0
-) -> tuple[Tensor, Targets, SampleGenerator]:
-    """Return what the method is called with on a batch.
-
-    Args:
-        batch: Samples of the global batch of `step`, or some of them.
-        config: Of the run.
-        step: Counted from 0.
-        device: Of the method.
-        first: Place of the first sample in the global batch.
-    """
-    seed, count = config.run.seed, len(batch.keys)
-    generator = SampleGenerator(seed, step, first=first, count=count, device=device)
-    targets = batch.targets(device)
-    images = targets.clean
-    if config.data.color_jitter:
-        images = pixels.jitter_colour(images, config.data.color_jitter, generator)
-    return images, targets, generator
 
 
 class Viewer:

@@ -45,6 +45,10 @@ VIEWS = "views.npy"
 INFO = "json"
 
 _ARRAY_OF_EXTENSION = {f"{name}.npy": name for name in PAYLOAD_OF_ARRAY}
+_PAYLOAD_OF_EXTENSION: dict[str, PayloadName | None] = {
+    **dict.fromkeys((INFO, TOKENS, VIEWS)),
+    **{extension: PAYLOAD_OF_ARRAY[name] for extension, name in _ARRAY_OF_EXTENSION.items()},
+}
 _PART_OF_EXTENSION = {INFO: "info", TOKENS: "tokens", VIEWS: "views"}
 _SEE_WHAT_ELSE = "Run `patchcache verify` on its cache to see what else is."
 _BLOCK_BYTES = 512
@@ -144,14 +148,14 @@ def read_shard(path: Path) -> Iterator[CachedSample]:
                     members = {}
                 key = name
                 members[extension] = file.read()
-            check_end(tar)
+            _check_end(tar)
     except (tarfile.TarError, OSError) as exc:
         raise ArtifactError(f"{path} is not a whole tar ({exc}). {_SEE_WHAT_ELSE}") from exc
     if members:
         yield _sample(key, members, path)
 
 
-def check_end(tar: tarfile.TarFile) -> None:
+def _check_end(tar: tarfile.TarFile) -> None:
     """Check that a tar, walked to its end, ends there; tarfile takes a damaged header for the end.
 
     Raises:
@@ -206,7 +210,7 @@ class TarShard:
             wanted = {
                 extension: place
                 for extension, place in wanted.items()
-                if (payload := payload_of(extension)) is None or payload in payloads
+                if (payload := _payload_of(extension)) is None or payload in payloads
             }
         start, stop = _span(wanted.values())
         data = self._bytes(start, stop, entry.key)
@@ -249,7 +253,7 @@ class TarShard:
         sizes = Counter[str]()
         for entry in self._entries:
             for extension, (_, size) in entry.members.items():
-                part = _PART_OF_EXTENSION.get(extension) or payload_of(extension) or "info"
+                part = _PART_OF_EXTENSION.get(extension) or _payload_of(extension) or "info"
                 sizes[part] += size
         return sizes
 
@@ -291,12 +295,9 @@ class TarShard:
         self._file.close()
 
 
-def payload_of(extension: str) -> PayloadName | None:
+def _payload_of(extension: str) -> PayloadName | None:
     """Return the optional payload that a member belongs to, by its extension."""
-    if extension in (INFO, TOKENS, VIEWS):
-        return None
-    array = _ARRAY_OF_EXTENSION.get(extension)
-    return "image" if array is None else PAYLOAD_OF_ARRAY[array]
+    return _PAYLOAD_OF_EXTENSION.get(extension, "image")
 
 
 def _payload_bytes(entries: Iterable[SampleEntry]) -> Counter[PayloadName]:
@@ -304,7 +305,7 @@ def _payload_bytes(entries: Iterable[SampleEntry]) -> Counter[PayloadName]:
     sizes = Counter[PayloadName]()
     for entry in entries:
         for extension, (_, size) in entry.members.items():
-            if payload := payload_of(extension):
+            if payload := _payload_of(extension):
                 sizes[payload] += size
     return sizes
 
@@ -367,7 +368,7 @@ def _sample(key: str, members: dict[str, bytes], path: object) -> CachedSample:
     missing = {INFO, TOKENS, VIEWS} - members.keys()
     if missing:
         raise _incomplete(path, key, missing)
-    images = [data for extension, data in members.items() if payload_of(extension) == "image"]
+    images = [data for extension, data in members.items() if _payload_of(extension) == "image"]
     info = _parse_info(members[INFO], path, key)
     return CachedSample(
         key=key,

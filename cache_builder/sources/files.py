@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator
+from functools import partial
 
 from cache_builder.errors import ImageError, NotServedError, SourceError
 from cache_builder.formats.headers import shorten
@@ -25,15 +26,10 @@ def read_files(root: str, unit: PlanUnit) -> Iterator[tuple[PlanRow, bytes | Ima
     Raises:
         SourceError: A listed file cannot be read.
     """
-
-    def read(row: PlanRow) -> bytes | ImageError:
-        return read_row(root, row)
-
-    if any(names.is_remote(resolve(root, row.source)) for row in unit.rows):
-        yield from zip(unit.rows, map_ahead(read, unit.rows, _FILES_AT_ONCE), strict=True)
-        return
-    for row in unit.rows:
-        yield row, read(row)
+    read = partial(read_row, root)
+    is_remote = names.is_remote(root) or any(names.is_remote(row.source) for row in unit.rows)
+    found = map_ahead(read, unit.rows, _FILES_AT_ONCE) if is_remote else map(read, unit.rows)
+    yield from zip(unit.rows, found, strict=True)
 
 
 def resolve(root: str, source: str) -> str:

@@ -85,14 +85,14 @@ def expand_braces(pattern: str) -> list[str]:
         raise ConfigError(f"The pattern {pattern!r} is not a valid brace pattern: {exc}") from exc
 
 
-def has_surrogates(name: str) -> bool:
+def _has_surrogates(name: str) -> bool:
     """Say whether a name is not UTF-8; JSON cannot hold such a name."""
     return not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def printable(name: str) -> str:
     """Return a name that JSON can hold: bytes that are not UTF-8 become their hexadecimals."""
-    if not has_surrogates(name):
+    if not _has_surrogates(name):
         return name
     raw = name.encode("utf-8", "surrogateescape")
     return raw.decode("utf-8", "backslashreplace")
@@ -105,7 +105,7 @@ def name_problem(name: str) -> str:
         return "its name is an absolute path"
     if ".." in path.split("/"):
         return "its name leads out of its folder (..)"
-    if has_surrogates(name):
+    if _has_surrogates(name):
         return "its name is not UTF-8"
     return ""
 
@@ -123,7 +123,7 @@ def check_listed_name(name: str, where: str) -> None:
     Raises:
         SourceError: It is not UTF-8.
     """
-    if has_surrogates(name):
+    if _has_surrogates(name):
         raise SourceError(f"{where}: the name {name!r} is not UTF-8. Rename the file.")
 
 

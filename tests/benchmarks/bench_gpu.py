@@ -36,7 +36,7 @@ from tests.benchmarks.bench_train import BASE, DROP, KEEP, MAPET, PATCH, SIZE, T
 from tests.benchmarks.tables import Table
 from trainer import flops
 from trainer.data import Batch
-from trainer.viewer import step_inputs
+from trainer.step import step_inputs
 
 METHODS: dict[str, dict[str, Any]] = {
     "BEiT, keep": KEEP,

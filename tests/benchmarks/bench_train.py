@@ -44,8 +44,7 @@ from trainer.config import TrainConfig, parse_config
 from trainer.data import Batch, BatchOrder, CachedViews
 from trainer.distributed import Ranks
 from trainer.model import uses_bf16
-from trainer.step import Stepper
-from trainer.viewer import step_inputs
+from trainer.step import Stepper, step_inputs
 
 K, SIZE, PATCH = 8192, 224, 16
 TEACHER, TEACHER_DIM = "vit_base_patch16_224", 768

@@ -13,7 +13,7 @@ from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.imaging import patchify
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.sampling import held_out_keys
 from cache_builder.sources import open_source
 from cache_builder.tokenizers.features import FeatureOptions

@@ -11,7 +11,7 @@ from cache_builder import build, build_log
 from cache_builder.build_log import BuildRun, UnitWork, append, read, recording
 from cache_builder.build_worker import UnitReport
 from cache_builder.errors import SourceError
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from tests import factories
 
 

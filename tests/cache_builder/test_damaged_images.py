@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from cache_builder import imaging
 from cache_builder.errors import ImageError
 from cache_builder.image_types import image_extension
-from cache_builder.imaging import decode
+from cache_builder.imaging import EncodedImage, decode
 from tests.cache_builder.encoded import (
     JPEGS,
     PHOTO,
@@ -112,9 +112,9 @@ def test_a_bomb_is_refused_before_a_pixel_is_decoded(data, monkeypatch):
 
 def test_the_caller_may_set_a_lower_limit():
     data = encode(PHOTO)
-    assert decode(data, max_pixels=40 * 56).shape == (3, 40, 56)
+    assert EncodedImage(data, max_pixels=40 * 56).decode().shape == (3, 40, 56)
     with pytest.raises(ImageError, match=r"56 x 40 pixels are more than the limit of 2,239"):
-        decode(data, max_pixels=40 * 56 - 1)
+        EncodedImage(data, max_pixels=40 * 56 - 1).decode()
 
 
 def odd_pictures():
@@ -161,7 +161,7 @@ def test_damage_gives_pixels_or_an_image_error_and_nothing_else(data):
                 rng.randrange(256)
             )
         try:
-            pixels = decode(bytes(damaged), max_pixels=1_000_000)
+            pixels = EncodedImage(bytes(damaged), max_pixels=1_000_000).decode()
         except ImageError:
             continue
         assert pixels.dtype == torch.uint8

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from cache_builder import imaging
 from cache_builder.errors import ImageError, ImageTooLargeError
 from cache_builder.image_headers import check_header
-from cache_builder.imaging import MAX_PIXELS, decode
+from cache_builder.imaging import MAX_PIXELS, EncodedImage, decode
 from tests import hostile
 from tests.factories import draw_photo, encode, peak_memory_since_reset
 
@@ -168,7 +168,7 @@ def test_a_dictionary_of_gigabytes_is_no_reason_to_hold_them():
 
 def test_a_picture_that_is_too_large_says_how_large_it_is():
     with pytest.raises(ImageTooLargeError) as caught:
-        decode(encode(PHOTO), max_pixels=100)
+        EncodedImage(encode(PHOTO), max_pixels=100).decode()
     assert caught.value.num_pixels == 40 * 56
 
 

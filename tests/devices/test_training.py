@@ -16,7 +16,7 @@ from tests.trainer.methods import (
 )
 from trainer import train
 from trainer.draws import SampleGenerator
-from trainer.viewer import step_inputs
+from trainer.step import step_inputs
 
 # Convolutions of a GPU round their inputs to TF32, ten bits, by default.
 CLOSE = {"rtol": 2e-2, "atol": 2e-3}

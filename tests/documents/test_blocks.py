@@ -17,8 +17,9 @@ import yaml
 
 from cache_builder.cli import app
 from tests.documents.blocks import Block, blocks_of, commands_of
-from tests.documents.pages import PAGES, ROOT
+from tests.documents.pages import PAGES
 from tests.documents.programs import OTHERS
+from tests.places import ROOT
 
 SHELL = {"bash", "sh", "console"}
 # Not run and not parsed.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents.pages import DOCS, PAGES, ROOT
+from tests.documents.pages import DOCS, PAGES
+from tests.places import ROOT
 
 ZENSICAL = Path(sys.executable).parent / "zensical"
 FETCHED = re.compile(

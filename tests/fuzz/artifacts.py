@@ -18,7 +18,7 @@ from cache_builder.formats import Codebook, TokenCache
 from cache_builder.formats.manifest import read_model
 from cache_builder.formats.plan import PlanUnit
 from cache_builder.formats.shards import read_shard
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import open_store
 from tests import factories
 from tests.golden.test_golden import V1

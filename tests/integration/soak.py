@@ -29,11 +29,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cache_builder import ray_cluster
-from tests.conftest import DATA
 from tests.integration import builds
 from tests.integration.soak_memory import Memory
 from tests.integration.soak_picture import draw
 from tests.integration.soak_works import GIVE_UP_S, Building, Serving, Training, Work
+from tests.places import DATA
 from tests.servers import free_port
 
 

@@ -24,7 +24,7 @@ import torch
 from cache_builder import imaging, verify
 from cache_builder.errors import ImageError
 from cache_builder.formats.views import centre_square
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import open_store
 from cache_builder.tokenizers import PatchTokenizer
 from tests.integration import builds, cluster

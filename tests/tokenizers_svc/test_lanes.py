@@ -269,7 +269,7 @@ def test_batches_are_counted_and_reported():
             stats = batcher.stats()
             assert (stats.num_running, stats.num_undecoded, stats.num_batches) == (1, 0, 0)
             assert stats.busy_s[0] > 0
-            assert batcher.expected_wait_s > 0
+            assert batcher.seconds_per_picture > 0
             tokenizer.may_run.set()
             await asyncio.gather(*tasks)
             await until(lambda: len(reports) == 2)

@@ -26,10 +26,11 @@ from tests.tokenizers_svc.support import (
     wait_ready,
     wait_until,
 )
+from tokenizers_svc.access import AccessOptions
 from tokenizers_svc.app import create_app
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.logs import JsonFormatter
-from tokenizers_svc.options import AccessOptions, ServiceOptions
+from tokenizers_svc.options import ServiceOptions
 from tokenizers_svc.serve import run, run_app
 
 PAGE = (ROOT / "docs" / "service-operations.md").read_text()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cache_builder.errors import ConfigError, NotFiniteError
 from cache_builder.formats import TokenCache
 from tests.trainer.caches import tiny_config
-from tests.trainer.test_methods import SETTINGS
+from tests.trainer.methods import SETTINGS
 from trainer import step, train
 from trainer.data import CachedViews, Pick
 from trainer.distributed import Ranks

@@ -21,7 +21,7 @@ from tests.trainer.methods import (
     paint,
     read_batch,
 )
-from trainer.data import CachedViews, Pick
+from trainer.data import CachedViews, Pick, view_index
 from trainer.model import build_objective
 from trainer.objectives import ccvit
 from trainer.objectives.interface import Normalise
@@ -145,9 +145,14 @@ def test_replaced_patches_show_their_centroids_and_masked_ones_stay(dtype):
 
 def test_centroids_of_a_cache_are_the_patches_that_were_tokenised(make, tiny_cache):
     objective = make()
+    with TokenCache.open(tiny_cache) as cache:
+        keys, num_views = cache.shard(0).keys[:4], cache.manifest.view_spec.num_views
     # The first view is the whole picture, drawn in the colours of the centroids.
-    dataset = CachedViews(tiny_cache, image_size=objective.image_size, views="first")
-    targets = dataset.read([Pick(0, 0, row) for row in range(4)]).targets(torch.device("cpu"))
+    picks = [
+        Pick(-view_index(key, 0, num_views) % num_views, 0, row) for row, key in enumerate(keys)
+    ]
+    dataset = CachedViews(tiny_cache, image_size=objective.image_size)
+    targets = dataset.read(picks).targets(torch.device("cpu"))
     dataset.close()
     every = torch.ones_like(targets.token_ids, dtype=torch.bool)
     images = torch.zeros_like(targets.clean)

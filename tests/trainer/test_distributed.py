@@ -12,8 +12,9 @@ import torch
 
 from cache_builder.errors import ConfigError
 from tests.trainer.caches import tiny_config
+from tests.trainer.logs import losses
+from tests.trainer.methods import SETTINGS
 from tests.trainer.rank import MANNER, two_steps
-from tests.trainer.test_methods import SETTINGS
 from trainer import checkpoint as checkpoints
 from trainer import train
 from trainer.data import BatchOrder
@@ -36,11 +37,6 @@ def torchrun(cache, out, scenario, *options):
         timeout=240,
         check=False,
     )
-
-
-def losses(out):
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
 
 
 def assert_close(first, second):

@@ -97,7 +97,7 @@ def test_knn_votes_like_the_definition():
         for neighbour in np.argsort(-cosine)[:7]:
             votes[train_part.labels[neighbour]] += np.exp(cosine[neighbour] / 0.07)
         right += int(votes.argmax() == label)
-    accuracy = evaluate.knn_accuracy(train_part, test_part, 3, k=7, temperature=0.07)
+    accuracy = evaluate.knn_accuracy(train_part, test_part, 3, k=7)
     assert accuracy.top1 == pytest.approx(right / 30)
     assert accuracy.top5 == 1
 

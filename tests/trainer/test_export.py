@@ -14,6 +14,7 @@ from tests import factories
 from tests.trainer.caches import tiny_config
 from trainer import checkpoint as checkpoints
 from trainer import train
+from trainer.backbones import load_backbone
 from trainer.export import export
 
 
@@ -23,7 +24,7 @@ def trained(tiny_cache, tmp_path_factory):
 
 
 def ours_of(checkpoint):
-    return checkpoints.load(checkpoint).build_vit().eval()
+    return load_backbone(checkpoint).build().eval()
 
 
 def pictures():

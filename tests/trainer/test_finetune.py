@@ -15,6 +15,7 @@ import torch
 from cache_builder.errors import ArtifactError, ConfigError
 from tests import factories
 from tests.trainer.caches import tiny_config
+from tests.trainer.logs import losses, read_rows
 from trainer import evaluate, finetune, train
 from trainer import finetune_checkpoint as checkpoints
 from trainer.backbones import load_backbone
@@ -28,7 +29,6 @@ from trainer.finetune_config import (
 from trainer.finetune_data import AugmentedImages, batches
 from trainer.finetune_step import FinetuneStepper
 from trainer.labelled import Place, open_labelled
-from trainer.run_log import read_rows
 
 TINY = {
     "data": {"batch_size": 16, "crop_scale": (0.6, 1.0), "mixup": 0.2, "cutmix": 0.2,
@@ -73,10 +73,6 @@ def places(tmp_path_factory):
     factories.build_cache(images=str(images), codebook=codebook, out=root / "cache")
     model = train.run(tiny_config(run={"steps": 20}), root / "cache", root / "run").checkpoint
     return images, model
-
-
-def losses(out):
-    return {row["step"]: row["loss"] for row in read_rows(out)}
 
 
 def assert_equal_states(first, second):

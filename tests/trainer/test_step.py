@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.trainer.caches import tiny_config
+from tests.trainer.logs import losses
 from tests.trainer.methods import make_stepper, read_batches
-from tests.trainer.test_train import assert_equal_weights, losses
+from tests.trainer.test_train import assert_equal_weights
 from trainer import checkpoint as checkpoints
 from trainer import train
 from trainer.session import rare_collections
@@ -67,7 +68,7 @@ def test_the_vit_of_a_checkpoint_is_its_average_where_there_is_one(tiny_cache, t
     plain, averaged = (checkpoints.load(tmp_path / name) for name in ("plain", "averaged"))
     assert_equal_weights(plain.model, averaged.model)
     assert plain.average is None
-    assert_equal_weights(averaged.build_vit().state_dict(), averaged.average)
+    assert_equal_weights(averaged.vit_state, averaged.average)
     weight = "blocks.0.mlp.fc1.weight"
     assert not torch.equal(averaged.vit_state[weight], averaged.model[f"vit.{weight}"])
 

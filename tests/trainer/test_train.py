@@ -1,6 +1,5 @@
 """The loop learns, resumes to the bit and refuses what does not go together."""
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from cache_builder.stores import open_store
 from tests import factories
 from tests.clusters import descendants, wait_for_end
 from tests.trainer.caches import make_cache, tiny_config
+from tests.trainer.logs import losses
 from trainer import checkpoint as checkpoints
 from trainer import train
 from trainer.model import uses_bf16
@@ -51,11 +51,6 @@ TRAIN = TRAIN.replace("{MANNER}", repr(MANNER))
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("trained"))
-
-
-def losses(out):
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
 
 
 def weights(path):
@@ -194,12 +189,6 @@ def test_changed_settings_are_refused_with_the_difference(cache, tmp_path):
 def test_a_longer_run_may_go_on_from_a_shorter_one(cache, tmp_path):
     train.run(tiny_config(), cache, tmp_path)
     assert train.run(tiny_config(run={"steps": 15}), cache, tmp_path).steps == 15
-
-
-def test_an_output_that_is_taken_is_refused_without_resume(cache, tmp_path):
-    train.run(tiny_config(), cache, tmp_path, stop_after=1)
-    with pytest.raises(ConfigError, match="holds a run already"):
-        train.run(tiny_config(), cache, tmp_path, resume=False)
 
 
 def test_a_loss_that_is_no_number_names_the_samples_and_leaves_no_checkpoint(cache, tmp_path):

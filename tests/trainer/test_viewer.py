@@ -1,7 +1,6 @@
 """Counting and drawing look at a run and change nothing of it."""
 
 import importlib.util
-import json
 
 import numpy as np
 import pytest
@@ -12,18 +11,15 @@ from PIL import Image
 from cache_builder.errors import MissingDependencyError
 from tests import factories
 from tests.trainer.caches import tiny_config
+from tests.trainer.logs import read_rows
 from tests.trainer.methods import NUM_PATCHES, draws, make_objective, read_batch
 from trainer import flops, train
 from trainer.objectives.interface import Preview
 from trainer.pictures import TokenColours, component_colours, draw_preview
 
 
-def rows(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def losses(out):
-    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows(out)]
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in read_rows(out)]
 
 
 def test_the_count_of_a_vit_is_that_of_its_matrix_products():
@@ -86,13 +82,13 @@ def test_without_a_known_peak_no_mfu_is_shown_and_with_one_it_is(tiny_cache, tmp
     caplog.set_level("INFO")
     train.run(tiny_config(run={"steps": 3}), tiny_cache, tmp_path / "plain")
     assert "mfu" not in caplog.text
-    assert all("mfu" not in row for row in rows(tmp_path / "plain"))
+    assert all("mfu" not in row for row in read_rows(tmp_path / "plain"))
     train.run(tiny_config(run={"steps": 3, "peak_flops": 1e12}), tiny_cache, tmp_path / "known")
     assert "mfu" in caplog.text
     objective = make_objective(tiny_cache, "beit", mask_ratio=0.5, mask_kind="random")
     inputs = read_batch(tiny_cache, objective)
     per_image = flops.training_flops(objective, lambda: objective(*inputs, draws()), 4)
-    for row in rows(tmp_path / "known"):
+    for row in read_rows(tmp_path / "known"):
         assert row["mfu"] == pytest.approx(per_image * row["images_per_s"] / 1e12)
     assert losses(tmp_path / "plain") == losses(tmp_path / "known")
 

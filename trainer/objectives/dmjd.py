@@ -130,7 +130,7 @@ class DisjointMasks(nn.Module):
         self.visible_head: nn.Sequential | None = None
         self._visible_weight = config.visible_weight
         if config.visible_weight:
-            self.visible_head = make_visible_head(dim, self.hiding.width, vocab_size)
+            self.visible_head = _make_visible_head(dim, self.hiding.width, vocab_size)
 
     def forward(
         self, images: Tensor, targets: Targets, generator: SampleGenerator
@@ -180,7 +180,7 @@ class DisjointMasks(nn.Module):
         return Preview(images, first.hidden, first.hidden, token_ids)
 
 
-def make_visible_head(input_dim: int, width: int, vocab_size: int) -> nn.Sequential:
+def _make_visible_head(input_dim: int, width: int, vocab_size: int) -> nn.Sequential:
     """Return DMJD's three layers, as wide as the decoder, and a linear one to the logits."""
     head = nn.Sequential(
         nn.Linear(input_dim, width),

@@ -13,10 +13,10 @@ picture it wants. It is called with
 
 and returns 0-dimensional tensors by name: `loss`, the mean over the samples, with a gradient, and
 metrics, means too, without one. `cross_entropy` (of token ids, nats) and `accuracy` have the same
-meaning everywhere; a method without token ids has none.
+meaning everywhere; a method without token ids has none. Its `preview`, called with the same three,
+returns the `Preview` of these samples.
 """
 
-from collections.abc import Collection
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from cache_builder.errors import ConfigError
 from cache_builder.formats import CacheManifest, Codebook, PayloadName
-from trainer.draws import SampleGenerator
 
 
 class Targets(NamedTuple):
@@ -61,22 +60,6 @@ class MethodConfig(BaseModel, frozen=True, extra="forbid"):
     """What the settings of every method have in common."""
 
     method: str
-
-
-class Objective(Protocol):
-    """The module of a method."""
-
-    vit: VisionTransformer
-    payloads: Collection[PayloadName]
-    image_size: int
-
-    def __call__(
-        self, images: Tensor, targets: Targets, generator: SampleGenerator
-    ) -> dict[str, Tensor]:
-        """Return the loss and the metrics."""
-
-    def preview(self, images: Tensor, targets: Targets, generator: SampleGenerator) -> Preview:
-        """Return what the method sees and predicts of these samples."""
 
 
 class Method(Protocol):

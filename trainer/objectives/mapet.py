@@ -171,7 +171,7 @@ class PermutedTokens(nn.Module):
         self.positional_token = nn.Parameter(torch.zeros(1, 1, width))
         init_weight(self.positional_token)
         num_context = vit.num_prefix_tokens + num_patches - num_masked
-        sees = sorted_visibility(num_context, num_masked, self.num_predicted)
+        sees = _sorted_visibility(num_context, num_masked, self.num_predicted)
         self.register_buffer("sees", sees, persistent=False)
         self.head = make_head(width, parts.manifest.vocab_size)
 
@@ -277,7 +277,7 @@ class TwoStreamDecoder(nn.Module):
         return self.decoder.norm(rows[:, -num_predicted:])
 
 
-def sorted_visibility(num_context: int, num_masked: int, num_predicted: int) -> Tensor:
+def _sorted_visibility(num_context: int, num_masked: int, num_predicted: int) -> Tensor:
     """Return which token sees which, when tokens are sorted by rank.
 
     The sequence is: the contents of the context, those of the P predicted positions, a positional

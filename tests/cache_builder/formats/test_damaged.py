@@ -15,7 +15,7 @@ from cache_builder.formats import Codebook, TokenCache
 from cache_builder.formats.manifest import FileDigest
 from cache_builder.formats.sample import from_npy, npy_bytes
 from cache_builder.formats.shards import read_shard
-from cache_builder.ray_jobs import ClusterOptions
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.stores import LocalStore
 from tests import factories
 from tests.golden.test_golden import V1

@@ -10,7 +10,7 @@ from cache_builder.tokenizers import CentroidIndex, prefix
 from cache_builder.tokenizers.kernels import library
 from cache_builder.tokenizers.kernels.build import BuildError, build
 from cache_builder.tokenizers.prefix import Basis, Plan, PrefixSearch
-from tests.cache_builder.tokenizers.test_quantizer import brute_force
+from tests.exactness import brute_force
 
 MODES = ["torch", "portable", "avx2", "avx512"]
 K, D = 300, 48  # not a whole number of groups

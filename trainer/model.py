@@ -79,7 +79,7 @@ def build_vit(spec: VitSpec, drop_path: float = 0.0) -> VisionTransformer:
     _require_vit(spec.name)
     try:
         vit = timm.create_model(spec.name, **spec.arguments, drop_path_rate=drop_path)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as exc:
+    except (ArithmeticError, AssertionError, TypeError, ValueError, RuntimeError) as exc:
         settings = ", ".join(f"{key}={value}" for key, value in spec.arguments.items())
         raise ConfigError(
             f"timm cannot build {spec.name} with {settings}: {exc}. "

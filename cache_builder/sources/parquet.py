@@ -175,7 +175,7 @@ def _rows(
                 number += 1
             continue
         for batch in _batches(file, _ROWS_PER_LISTING, wanted, path, group):
-            for fields in batch.to_pylist():
+            for fields in _fields_of(batch, path):
                 image = fields.pop(columns.image, None) or {}
                 label = fields.pop(columns.label, None) if columns.label else None
                 name = image.get("path")
@@ -261,6 +261,14 @@ def _batches(
         yield from file.iter_batches(batch_size, row_groups=[group], columns=columns)
     except (pyarrow.ArrowException, OSError, ValueError) as exc:
         raise _damaged(location, exc) from exc
+
+
+def _fields_of(batch: Any, location: str) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except ValueError as exc:  # a text is no UTF-8: pyarrow looks when it makes a str
+        raise _damaged(location, exc) from exc
+    return rows
 
 
 @contextmanager

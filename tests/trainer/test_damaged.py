@@ -105,9 +105,10 @@ def test_an_exported_file_says_what_is_wrong_with_what_it_says(exported, changes
         load_backbone(exported)
 
 
-def test_weights_of_another_model_than_a_file_says_are_refused_by_its_name(exported):
+@pytest.mark.parametrize("changes", [{"depth": 0.5}, {"num_heads": 0}])
+def test_weights_of_another_model_than_a_file_says_are_refused_by_its_name(exported, changes):
     backbone = load_backbone(exported)
-    wrong = backbone._replace(arguments={**backbone.arguments, "depth": 0.5})
+    wrong = backbone._replace(arguments={**backbone.arguments, **changes})
     with pytest.raises(ArtifactError, match=r"vit.safetensors does not hold the weights of"):
         wrong.build()
 

@@ -4,6 +4,7 @@ import json
 import logging
 
 import pyarrow as pa
+import pyarrow.compute
 import pytest
 from pyarrow import parquet
 
@@ -117,6 +118,14 @@ def test_what_is_no_image_data_set_is_refused_by_name(tmp_path):
         listed(path)
     write_dataset(path, 2, names=("cat",))
     with pytest.raises(SourceError, match=r"1:1.jpg has the label 1, and classes are numbered"):
+        listed(path)
+
+
+def test_a_text_that_is_not_utf8_is_told_with_the_name_of_its_file(tmp_path):
+    texts = pa.array([b"caf\xc3\xa9", b"caf\xe9"], pa.binary())
+    captions = pyarrow.compute.cast(texts, pa.string(), safe=False)
+    path = write_dataset(tmp_path / "t.parquet", 2, caption=captions)
+    with pytest.raises(SourceError, match=r"t.parquet cannot be read as Parquet: 'utf-8' codec"):
         listed(path)
 
 

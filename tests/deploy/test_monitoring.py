@@ -110,7 +110,9 @@ def is_met(matcher, labels):
 def test_a_query_names_series_and_labels_that_a_service_exports(where, query, series):
     tree = parse(query)
     known = set()
-    for selector in selectors(tree):
+    selected = list(selectors(tree))
+    assert selected, where
+    for selector in selected:
         assert selector.name in series, where
         exported = series[selector.name]
         assert any(

@@ -73,7 +73,9 @@ def test_there_are_no_other_files(client, path):
 
 
 def test_the_page_has_no_script_style_or_handler_of_its_own_in_the_html(client):
-    for name, attributes in Elements(client.get("/").text).found:
+    found = Elements(client.get("/").text).found
+    assert {"script", "button"} <= {name for name, _ in found}
+    for name, attributes in found:
         assert name != "style"
         assert name != "script" or attributes["src"]
         assert not [key for key in attributes if key.startswith("on") or key == "style"]

@@ -32,7 +32,6 @@ class Chosen(NamedTuple):
 
     has: Callable[[Entry], bool]
     num_rows: int
-    num_samples: int
 
 
 def choose(cache: InputCache, selection: Selection) -> Chosen:
@@ -65,7 +64,7 @@ def choose(cache: InputCache, selection: Selection) -> Chosen:
         raise ConfigError(f"{cache.location} has no sample of {_named(missing, 'key')}.")
     if not is_draw:
         _refuse_nothing(cache, num_samples)
-        return Chosen(lambda entry: _matches(entry, selection), num_rows, num_samples)
+        return Chosen(lambda entry: _matches(entry, selection), num_rows)
     ranked = [pair for draw in draws.values() for pair in draw.pairs]
     if selection.sample is not None:
         if len(ranked) < selection.sample:
@@ -76,7 +75,7 @@ def choose(cache: InputCache, selection: Selection) -> Chosen:
         ranked = heapq.nlargest(selection.sample, ranked)
     _refuse_nothing(cache, len(ranked))
     drawn = frozenset(key for _, key in ranked)
-    return Chosen(lambda entry: entry.row.key in drawn, len(drawn), len(drawn))
+    return Chosen(lambda entry: entry.row.key in drawn, len(drawn))
 
 
 def labels_named(class_names: tuple[str, ...], words: Iterable[str]) -> frozenset[int]:

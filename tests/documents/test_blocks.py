@@ -22,6 +22,11 @@ from tests.documents.programs import OTHERS
 from tests.places import ROOT
 
 SHELL = {"bash", "sh", "console"}
+DATA = {
+    "toml": tomllib.loads,
+    "yaml": lambda text: all(yaml.safe_load_all(text)),
+    "json": json.loads,
+}
 # Not run and not parsed.
 NO_CODE = {
     "text": "what a command prints, a drawing or a formula",
@@ -36,23 +41,13 @@ def of(*languages):
 
 
 def test_every_block_says_what_it_is():
-    known = {*SHELL, *NO_CODE, "python", "toml", "yaml", "json"}
+    known = {*SHELL, *NO_CODE, *DATA, "python"}
     assert [block.where for block in BLOCKS if block.language not in known] == []
 
 
-@of("toml")
-def test_toml_can_be_read(block):
-    assert tomllib.loads(block.text)
-
-
-@of("yaml")
-def test_yaml_can_be_read(block):
-    assert all(yaml.safe_load_all(block.text))
-
-
-@of("json")
-def test_json_can_be_read(block):
-    assert json.loads(block.text)
+@of(*DATA)
+def test_data_can_be_read(block):
+    assert DATA[block.language](block.text)
 
 
 @of(*SHELL)

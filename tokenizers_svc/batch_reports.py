@@ -1,7 +1,6 @@
 """What a batcher says about itself: to metrics, to admission, to a person who looks."""
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,12 +24,10 @@ class BatcherStats(NamedTuple):
     num_views: int  # pictures that no batch has taken
     num_running: int  # pictures in batches
     num_batches: int  # since the start, as all below
-    num_pictures: int  # in those batches
     num_late: int  # pictures dropped because their deadline had passed or their client had gone
     busy_s: tuple[float, ...]  # of every lane, in batches and jobs
     num_lanes_alive: int
     max_batch: int  # less than was asked for where memory was short
-    seconds_since_batch: float | None  # since the last one ended
 
 
 class Books:
@@ -39,9 +36,7 @@ class Books:
     def __init__(self) -> None:
         """Start at nothing."""
         self.num_batches = 0
-        self.num_pictures = 0
         self.num_late = 0
-        self.last_batch_at: float | None = None  # of time.perf_counter()
         self.decode_s = 0.0  # of one file, smoothed
         self.pace = Pace()
         self._lock = threading.Lock()
@@ -50,8 +45,6 @@ class Books:
         """Count a batch that has just ended."""
         with self._lock:
             self.num_batches += 1
-            self.num_pictures += num_pictures
-            self.last_batch_at = time.perf_counter()
             self.pace.learn(num_pictures, infer_s)
 
     def note_decode(self, seconds: float) -> None:

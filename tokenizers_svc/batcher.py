@@ -93,18 +93,15 @@ class Batcher:
     def stats(self) -> BatcherStats:
         """Return what the batcher is doing."""
         now, books = time.perf_counter(), self._books
-        last = books.last_batch_at
         return BatcherStats(
             num_undecoded=len(self._pending.undecoded),
             num_views=len(self._pending.views),
             num_running=self._workers.num_running,
             num_batches=books.num_batches,
-            num_pictures=books.num_pictures,
             num_late=books.num_late,
             busy_s=self._workers.busy_s(now),
             num_lanes_alive=self._workers.num_lanes_alive,
             max_batch=self._pending.max_batch,
-            seconds_since_batch=None if last is None else now - last,
         )
 
     def start(self) -> None:

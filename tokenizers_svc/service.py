@@ -24,7 +24,6 @@ from torch import Tensor
 from cache_builder.formats.payloads import SoftSpec
 from cache_builder.formats.views import View
 from tokenizers_svc.admission import Door, Place
-from tokenizers_svc.batcher import Batcher
 from tokenizers_svc.decoding import make_view
 from tokenizers_svc.encoding import SoftIds
 from tokenizers_svc.exchange import deadline_passed
@@ -67,16 +66,6 @@ class TokenizeService:
             initializer=torch.set_num_threads,
             initargs=(1,),
         )
-
-    @property
-    def num_admitted(self) -> int:
-        """Pictures that were let in and are not answered yet."""
-        return self.door.num_pictures
-
-    @property
-    def batcher(self) -> Batcher:
-        """That of the default model."""
-        return self.registry.default.batcher
 
     @property
     def failure(self) -> BaseException | None:

@@ -76,13 +76,13 @@ def series():
         tokenizer.may_run.clear()
         try:
             busy = pool.submit(post, client, jpeg(seed=1))
-            wait_until(lambda: service.num_admitted == 1)
+            wait_until(lambda: service.door.num_pictures == 1)
             assert post(client, jpeg(seed=2)).status_code == 429
         finally:
             tokenizer.may_run.set()
         assert busy.result().status_code == 200
         leaving = open_request(client, jpeg(), num_sent=10)
-        wait_until(lambda: service.num_admitted == 1)
+        wait_until(lambda: service.door.num_pictures == 1)
         leaving.close()
         wait_until(lambda: "patchcache_cancelled_total{" in client.get("/metrics").text)
         text = client.get("/metrics").text

@@ -175,7 +175,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(hasty):
         stop.set()
         connection.close()
         thread.join()
-    assert server_side.num_admitted == 0
+    assert server_side.door.num_pictures == 0
     check_service(hasty)
 
 
@@ -216,7 +216,7 @@ def test_what_is_no_http_is_a_problem_like_any_other(patient, sent, status, code
 def test_endless_or_broken_chunks_are_refused(patient, parts):
     answer = exchange(patient, chunked(*parts))
     assert not answer or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 "))
-    wait_until(lambda: patient.service.num_admitted == 0)
+    wait_until(lambda: patient.service.door.num_pictures == 0)
     check_service(patient)
 
 
@@ -231,18 +231,18 @@ def test_a_picture_in_chunks_of_one_byte_is_read(patient):
 
 def test_a_reset_in_the_middle_of_a_body_frees_its_place(patient):
     connection = open_request(patient, BODY, num_sent=100)
-    wait_until(lambda: patient.service.num_admitted == 1)
+    wait_until(lambda: patient.service.door.num_pictures == 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
-    wait_until(lambda: patient.service.num_admitted == 0)
+    wait_until(lambda: patient.service.door.num_pictures == 0)
     check_service(patient)
 
 
 def test_a_half_closed_connection_frees_its_place(patient):
     connection = open_request(patient, BODY, num_sent=100)
-    wait_until(lambda: patient.service.num_admitted == 1)
+    wait_until(lambda: patient.service.door.num_pictures == 1)
     connection.shutdown(socket.SHUT_WR)
-    wait_until(lambda: patient.service.num_admitted == 0)
+    wait_until(lambda: patient.service.door.num_pictures == 0)
     connection.close()
     check_service(patient)
 
@@ -251,10 +251,10 @@ def test_a_client_that_hangs_up_with_requests_waiting_frees_its_place():
     with service(max_batch=1) as client:
         client.tokenizer.may_run.clear()
         connection = open_request(client, BODY)
-        wait_until(lambda: client.service.num_admitted == 1)
+        wait_until(lambda: client.service.door.num_pictures == 1)
         connection.sendall(WHOLE * 3)
         connection.close()
-        wait_until(lambda: client.service.num_admitted == 0)
+        wait_until(lambda: client.service.door.num_pictures == 0)
         client.tokenizer.may_run.set()
         check_service(client)
 
@@ -296,7 +296,7 @@ def test_when_all_connections_are_at_work_a_new_one_is_told_so():
         client.tokenizer.may_run.clear()
         client.close()  # its own connection would be the fourth
         working = [open_request(client, BODY) for _ in range(3)]
-        wait_until(lambda: client.service.num_admitted == 3)
+        wait_until(lambda: client.service.door.num_pictures == 3)
         problem = check_refusal(exchange(client, WHOLE), 503, "too-many-connections")
         assert problem["limit"] == 3
         client.tokenizer.may_run.set()

@@ -69,7 +69,7 @@ def test_what_has_no_end_is_refused_while_it_arrives(client, start, piece):
     answer = read_to_end(connection)
     # A reset may overtake the answer while megabytes are still being sent.
     assert not answer or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 "))
-    wait_until(lambda: client.service.num_admitted == 0)
+    wait_until(lambda: client.service.door.num_pictures == 0)
     assert post(client, BODY).json()["token_ids"] == expected_ids(BODY)
 
 

@@ -37,10 +37,10 @@ class Held:
         return self.pool.submit(post, self.client, body, **options)
 
     def num_places_taken(self):
-        return self.service.num_admitted
+        return self.service.door.num_pictures
 
     def num_waiting(self):
-        return self.service.batcher.num_waiting
+        return self.service.registry.default.batcher.num_waiting
 
     def batch_sizes(self):
         return self.tokenizer.batch_sizes[self.num_warm_up :]

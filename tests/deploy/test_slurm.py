@@ -144,14 +144,18 @@ def stopped(job):
     return sorted(program for event, program, *_ in job.events if event == "stopped")
 
 
-@pytest.fixture
-def ray(tmp_path):
-    """`ray` by the name of what it does: `ray start` lasts, `ray health-check` is content."""
-    record(tmp_path, "ray-start", lasts=True)
-    record(tmp_path, "ray-health-check")
-    program = tmp_path / "bin/ray"
+def record_ray(folder):
+    """Record `ray` by what it does: `ray start` lasts, `ray health-check` is content."""
+    record(folder, "ray-start", lasts=True)
+    record(folder, "ray-health-check")
+    program = folder / "bin/ray"
     program.write_text('#!/bin/bash\nexec "ray-$1" "$@"\n')
     program.chmod(0o755)
+
+
+@pytest.fixture
+def ray(tmp_path):
+    record_ray(tmp_path)
 
 
 @pytest.mark.usefixtures("ray")
@@ -175,18 +179,24 @@ def test_a_build_gets_a_ray_cluster_of_all_nodes_which_ends_with_it(start, tmp_p
     assert (name, ours["ray_address"], ours["out"]) == ("build", head, "cache")
 
 
-@pytest.mark.usefixtures("ray")
-def test_builds_and_trainings_on_one_node_have_ports_of_their_own(start, tmp_path):
-    record(tmp_path, "patchcache", lasts=True)
-    record(tmp_path, "torchrun", lasts=True)
-    for number in (1234, 1235):
-        start(*BUILD, num_nodes=1, number=number)
-    job = start(*TRAIN, num_nodes=1, number=1236)
-    job.wait_until(lambda: began(job, "ray-start") == 2 and began(job, "torchrun"))
-    heads = [parse_ray(["ray", *words[2:]])[1] for words in job.events if words[1] == "ray-start"]
-    (rendezvous,) = [
-        parse_torchrun(words)[0].rdzv_endpoint for _, *words in job.events if words[0] == "torchrun"
-    ]
+def test_builds_and_trainings_on_one_node_have_ports_of_their_own(tmp_path):
+    folders = [tmp_path / name for name in ("build", "another", "train")]
+    for folder in folders:
+        folder.mkdir()
+        record_ray(folder)
+        record(folder, "patchcache", lasts=True)
+        record(folder, "torchrun", lasts=True)
+    heads, rendezvous = [], ""
+    with started_jobs(folders.__getitem__) as start:
+        for number, command in ((1234, BUILD), (1235, BUILD), (1236, TRAIN)):
+            job = start(*command, num_nodes=1, number=number)
+            program = "torchrun" if command is TRAIN else "ray-start"
+            job.wait_until(lambda job=job, program=program: began(job, program))
+            (words,) = [words[1:] for words in job.events if words[:2] == ["began", program]]
+            if command is TRAIN:
+                rendezvous = parse_torchrun(words)[0].rdzv_endpoint
+            else:
+                heads.append(parse_ray(["ray", *words[1:]])[1])
     ports = [head[name] for head in heads for name in ("port", "ray_client_server_port")]
     ports.append(int(rendezvous.rpartition(":")[2]))
     assert sorted(ports) == [22468, 22469, 22470, 22471, 22472]

@@ -89,10 +89,7 @@ class FinetuneOptimConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        settings.check_rates(self.lr, self.min_lr, self.betas)
         return self
 
 

@@ -126,3 +126,15 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def check_rates(lr: float, min_lr: float, betas: tuple[float, float]) -> None:
+    """Refuse rates of AdamW that make no sense.
+
+    Raises:
+        ValueError: A beta is outside of [0, 1), or the last learning rate above the peak.
+    """
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must lie in [0, 1), not {betas}")
+    if min_lr > lr:
+        raise ValueError(f"min_lr {min_lr} is above lr {lr}")

@@ -37,6 +37,8 @@ def test_overrides_are_toml_values_or_bare_words():
         ("run.steps=0", r"0 for 'run.steps'"),
         ("objective.mask_ratio=1.5", r"1.5 for 'objective.mask_ratio'.*less than 1"),
         ("run.precision=fp8", r"'fp8' for 'run.precision'.*'bf16'"),
+        ("optim.min_lr=2", r"'optim'.*min_lr 2.0 is above lr"),
+        ("optim.betas=[0.9, 1.0]", r"'optim'.*betas must lie in \[0, 1\), not \(0.9, 1.0\)"),
         ("lr", r"lr"),
     ],
 )

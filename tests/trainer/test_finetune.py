@@ -300,6 +300,7 @@ def test_a_damaged_image_is_replaced_with_a_warning(places, tmp_path, caplog):
     [
         ("optim.layer_deca=0.5", "did you mean 'layer_decay'"),
         ("data.batch_size=15", "15 is odd"),
+        ("optim.min_lr=2", "min_lr 2.0 is above lr"),
         ("run.epochs=1", "leaves nothing of run.epochs 1"),
         ("model.weights=none_such", "Wrong value 'none_such' for 'model.weights'"),
     ],

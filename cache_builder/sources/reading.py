@@ -63,7 +63,7 @@ def read_row(container: Container, row: PlanRow) -> bytes | ImageError:
         return next(image for _, image in parquet.read_rows(container, [row]))
     raise ConfigError(
         f"{container.location} is neither a tar nor a zip nor a Parquet file, and a plan says that "
-        "images lie in it. `patchcache verify` on the cache tells what is damaged."
+        "images lie in it. Run `patchcache verify` on the cache."
     )
 
 

@@ -69,7 +69,7 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
     num_samples: int = Field(ge=0)
 
 
-_LEFT_OUT_UNSET = frozenset({"soft", "features", "has_extra", "layers", "store_files"})
+_OPTIONAL = frozenset({"soft", "features", "has_extra", "layers", "store_files"})
 
 
 class LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
@@ -78,9 +78,7 @@ class LeavesOutUnset(BaseModel, frozen=True, extra="forbid"):
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        return {
-            name: value for name, value in fields.items() if value or name not in _LEFT_OUT_UNSET
-        }
+        return {name: value for name, value in fields.items() if value or name not in _OPTIONAL}
 
 
 class CacheSpec(LeavesOutUnset, frozen=True, extra="forbid"):

@@ -137,7 +137,9 @@ class EncodedImage:
         del self._image  # Pillow would keep what it decodes, as large as the result
         with _as_image_errors():
             if _decode_jpeg is not None and self.format == "JPEG" and image.mode in _DIRECT:
-                return _decode_jpeg(self._data)
+                # Of bytes torchcodec makes a tensor under changed filters of warnings, which are
+                # those of the process: threads that decode at once would leave them changed.
+                return _decode_jpeg(torch.frombuffer(bytearray(self._data), dtype=torch.uint8))
             return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
 
 

@@ -2,6 +2,9 @@
 
 import io
 import struct
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +203,17 @@ def test_an_animation_is_its_first_frame(image_format, options):
     frames = [Image.fromarray(np.full((8, 8, 3), v, np.uint8)) for v in (10, 200, 90)]
     data = encode(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
     assert (pixels_of(data) == 10).all()
+
+
+def test_threads_that_decode_at_once_leave_the_filters_of_warnings_alone():
+    body = encode(draw_photo(0), "JPEG")
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns wherever they can
+    try:
+        with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+            warnings.resetwarnings()
+            pictures = list(pool.map(decode, [body] * 2000))
+            assert warnings.filters == []
+    finally:
+        sys.setswitchinterval(before_s)
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)

@@ -107,8 +107,9 @@ def read_saved(path: Path, newest: int, *, way_out: str, content: bytes | None =
             raise _damaged(path, shorten(f"member {damaged} is damaged"), way_out)
         parts = torch.load(file(), map_location="cpu", weights_only=True)
     except _UNREADABLE as exc:
-        # The first line: torch adds advice of its own, and the stack of its C++.
-        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(".")
+        # The first sentence: torch adds advice of its own, and the stack of its C++.
+        line = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        reason = line.partition(". ")[0].rstrip(".")
         raise _damaged(path, shorten(reason), way_out) from exc
     if not isinstance(parts, dict) or not isinstance(parts.get("header"), str):
         raise _damaged(path, "it has no header", way_out)

@@ -83,6 +83,7 @@ def import_tokens(
     --image-size 112 --patch-size 8 --out imported/`
     """
     from cache_builder import importing as job
+    from cache_builder.console import smaller_batch
     from cache_builder.progress import Steps
     from cache_builder.ray_cluster import ClusterOptions
 
@@ -129,7 +130,8 @@ def import_tokens(
         f"left out     {manifest.num_skipped:,}"
         + (f", with reasons in {out.rstrip('/')}/skipped.jsonl" if manifest.num_skipped else ""),
         f"next         patchcache verify {out}",
-        f"             patchcache train beit_drop --cache {out} --out run/",
+        f"             patchcache train beit_drop --cache {out} --out run/"
+        f"{smaller_batch(manifest)}",
     )
 
 
@@ -189,7 +191,7 @@ def push(
     print_lines(
         f"sent         {done.num_sent:,} files, {size_text(done.bytes_sent)}",
         f"kept         {done.num_there:,} that were there",
-        f"next         patchcache pull {done.place} --out {source}",
+        f"next         patchcache pull {done.place}{hub.options} --out {source}",
     )
 
 

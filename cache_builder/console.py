@@ -34,6 +34,8 @@ _SMALL_BATCH_SIZE = 64
 
 def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
     """Say what a fit did and what to run next."""
+    from cache_builder.fit import POINTS_PER_CENTROID
+
     header = summary.codebook.header
     lines = [
         f"codebook     {out}",
@@ -54,9 +56,13 @@ def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
             f"relative error {stage.relative_error:.3f}"
         )
     if summary.sample_dir:
+        size = ""  # with --images-per-class no -k changes it, and --sample is refused
+        if not header.fit["images_per_class"]:
+            default = POINTS_PER_CENTROID * summary.codebook.vocab_size
+            size = f" and --sample {header.fit['sample'] or default}"
         lines.append(
-            f"sample       {summary.sample_dir}, kept: a fit with another -k, these settings and "
-            f"--sample {header.fit['sample'] or header.num_points} reads no image"
+            f"sample       {summary.sample_dir}, kept: a fit with another -k, these settings{size} "
+            "reads no image"
         )
     if summary.num_skipped:
         lines.append(f"left out     {summary.num_skipped:,} images that could not be decoded")
@@ -89,11 +95,11 @@ def build_lines(summary: "BuildSummary", out: str) -> list[str]:
         *_payload_lines(manifest),
         f"next         patchcache verify {out} --retokenize 100",
         f"             patchcache train beit_drop --cache {out} --out run/"
-        f"{_smaller_batch(manifest)}",
+        f"{smaller_batch(manifest)}",
     ]
 
 
-def _smaller_batch(manifest: "CacheManifest") -> str:
+def smaller_batch(manifest: "CacheManifest") -> str:
     """Return what makes a recipe train on a cache with fewer samples than its batch has."""
     if manifest.num_samples >= RECIPE_BATCH_SIZE:
         return ""
@@ -283,7 +289,7 @@ def print_description(description: dict[str, JsonValue]) -> None:
     table.add_column(overflow="fold")
     for name, value in _flatten("", description):
         table.add_row(name, value)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def print_appraisal(appraisal: "Appraisal", page: Path | None) -> None:

@@ -177,7 +177,7 @@ def _warm_start(options: FitOptions) -> Tensor | None:
     """Return the centroids (M, K, D) to start from.
 
     Raises:
-        ConfigError: They are those of another number of stages or centroids, or of other features.
+        ConfigError: They are those of another number of stages or centroids.
     """
     if options.warm_start is None:
         return None

@@ -88,6 +88,13 @@ class HubFolder:
         self._api = HfApi(endpoint=endpoint)
         disable_progress_bars()  # a command has its own
 
+    @property
+    def options(self) -> str:
+        """What a command must say besides the place, each option after a space; often nothing."""
+        repo_type = "" if self._type == "dataset" else f" --repo-type {self._type}"
+        revision = "" if self.revision == "main" else f" --revision {self.revision}"
+        return repo_type + revision
+
     def create(self, *, private: bool) -> None:
         """Make the repository, unless it is there.
 

@@ -17,8 +17,8 @@ def is_ours(card: bytes) -> bool:
     return _MARK.encode() in card
 
 
-def cache_card(manifest: CacheManifest, place: str) -> str:
-    """Return the card of a cache."""
+def cache_card(manifest: CacheManifest, place: str, options: str) -> str:
+    """Return the card of a cache; `options` are what `pull` takes besides the place."""
     spec = manifest.spec
     rows, cols = spec.grid
     stages = f", {spec.num_stages} per patch" if spec.num_stages > 1 else ""
@@ -34,11 +34,11 @@ def cache_card(manifest: CacheManifest, place: str) -> str:
     }
     if others := [name for name in manifest.tokenizers if name != manifest.fingerprint]:
         facts["further tokenizers"] = ", ".join(f"`{name}`" for name in others)
-    return _card(f"Token cache {place}", facts, place, "cache/")
+    return _card(f"Token cache {place}", facts, f"{place}{options}", "cache/")
 
 
-def codebook_card(codebook: Codebook, place: str) -> str:
-    """Return the card of a codebook."""
+def codebook_card(codebook: Codebook, place: str, options: str) -> str:
+    """Return the card of a codebook; `options` are what `pull` takes besides the place."""
     rule = codebook.pixel_rule
     stages = f"{codebook.num_stages} stages of " if codebook.num_stages > 1 else ""
     facts = {
@@ -51,12 +51,13 @@ def codebook_card(codebook: Codebook, place: str) -> str:
         "images",
         "fingerprint of the tokenizer": f"`{codebook.fingerprint}`",
     }
-    return _card(f"Codebook {place}", facts, place, place.rpartition("/")[2])
+    name = place.rpartition("/")[2]
+    return _card(f"Codebook {place}", facts, f"{place}{options}", name)
 
 
-def _card(title: str, facts: dict[str, str], place: str, out: str) -> str:
+def _card(title: str, facts: dict[str, str], pulled: str, out: str) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return (
         f"---\ntags:\n- patchcache\n---\n{_MARK}\n\n# {title}\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"```\npip install 'patchcache[hub]'\npatchcache pull {place} --out {out}\n```\n"
+        f"```\npip install 'patchcache[hub]'\npatchcache pull {pulled} --out {out}\n```\n"
     )

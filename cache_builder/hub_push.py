@@ -77,7 +77,7 @@ def push(
     last: dict[str, Path | bytes] = {}
     if not is_on_hub(remote.get(MANIFEST_NAME), store, MANIFEST_NAME):
         last[MANIFEST_NAME] = source / MANIFEST_NAME
-    card = cache_card(manifest, hub.place)
+    card = cache_card(manifest, hub.place, hub.options)
     last |= _card(hub, remote, card)
     if last:
         hub.send(last, "Finish the cache")
@@ -96,7 +96,8 @@ def _push_codebook(source: Path, hub: HubFolder, *, private: bool) -> PushSummar
     sent: dict[str, Path | bytes] = {}
     if not is_on_hub(remote.get(name), store, name):
         sent[name] = source
-    sent |= _card(hub, remote, codebook_card(codebook, f"{hub.place}/{name}"))
+    card = codebook_card(codebook, f"{hub.place}/{name}", hub.options)
+    sent |= _card(hub, remote, card)
     if sent:
         hub.send(sent, f"Add the codebook {name}")
     num_sent = int(name in sent)

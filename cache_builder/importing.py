@@ -190,8 +190,9 @@ def _places(
             )
         return None
     if options.keys is None:
+        nameless = options.crop_settings if rows.is_named else options.tokens
         raise ConfigError(
-            f"{options.tokens} has rows without names. Say with --keys which image each belongs "
+            f"{nameless} has rows without names. Say with --keys which image each belongs "
             "to: the order of files is no evidence of it."
         )
     names = read_keys(options.keys)

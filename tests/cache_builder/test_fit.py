@@ -1,9 +1,13 @@
 """A codebook depends on the images and the settings, and on nothing else."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from cache_builder import fit
+from cache_builder.console import fit_lines
 from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats import Codebook
 from cache_builder.imaging import apply_view, decode, patchify
@@ -154,6 +158,30 @@ def test_a_kept_sample_serves_fits_with_another_k_without_an_image(tmp_path):
         image.write_bytes(b"gone")
     fit.run(options(source, tmp_path / "b.safetensors", k=20, sample="all", sample_dir=store))
     assert Codebook.load(tmp_path / "b.safetensors").header.num_images == 38
+
+
+def advised_sample(summary, source):
+    (line,) = (x for x in fit_lines(summary, str(source), Path("c")) if x.startswith("sample "))
+    return line.partition("these settings")[2]
+
+
+def test_what_a_fit_says_of_its_sample_holds_where_images_were_left_out(tmp_path):
+    source = photos(tmp_path)
+    for image in sorted(source.rglob("*.jpg"))[:10]:
+        image.write_bytes(b"text")
+    store = tmp_path / "sample"
+    first = fit.run(options(source, tmp_path / "a.safetensors", k=2, sample_dir=store))
+    assert advised_sample(first, source) == " and --sample 512 reads no image"
+    shutil.copytree(store, tmp_path / "before")
+    fit.run(options(source, tmp_path / "b.safetensors", k=3, sample=512, sample_dir=store))
+    assert factories.contents(store) == factories.contents(tmp_path / "before")
+
+
+def test_images_per_class_are_a_sample_without_a_size(tmp_path):
+    source = photos(tmp_path)
+    settings = {"images_per_class": 5, "sample_dir": tmp_path / "sample"}
+    summary = fit.run(options(source, tmp_path / "a.safetensors", k=2, **settings))
+    assert advised_sample(summary, source) == " reads no image"
 
 
 def test_a_codebook_of_another_size_is_no_start(tmp_path, images):

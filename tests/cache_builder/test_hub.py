@@ -200,6 +200,18 @@ def test_the_card_has_the_facts_and_one_of_your_own_is_left_alone(server, cache)
     assert server.files(PLACE)["README.md"] == b"# Mine\n"
 
 
+def test_what_fetches_from_a_model_repository_says_so(tmp_path, server, cache):
+    codebook = factories.write_codebook(tmp_path / "codebook.safetensors")
+    for source, place, name, out in (
+        (cache, PLACE, "", "cache/"),
+        (codebook, "someone/other", "/codebook.safetensors", "codebook.safetensors"),
+    ):
+        hub_push.push(source, at(server, place, repo_type="model"))
+        card = server.files(place)["README.md"].decode()
+        assert f"patchcache pull {place}{name} --repo-type model --out {out}\n" in card
+    assert at(server, revision="v1").options == " --revision v1"
+
+
 def test_a_codebook_comes_back_and_a_broken_one_replaces_nothing(tmp_path, server):
     path = factories.write_codebook(tmp_path / "codebook.safetensors")
     sent = hub_push.push(path, at(server))

@@ -209,6 +209,9 @@ def test_keys_and_rows_that_do_not_fit_are_refused(tmp_path, images):
             importing.run(options(tmp_path, images, tokens, **changes))
 
     refused(r"rows without names. Say with --keys")
+    np.save(tmp_path / "boxes.npy", np.zeros((12, 1, 5), np.int32))
+    refused(r"boxes\.npy has rows without names", "tok_rgb",
+            crop_settings=tmp_path / "boxes.npy")  # fmt: skip
     refused(r"12 rows, and --keys .* names 11 images", keys=write_keys(keys, NAMES[1:]))
     refused(r"1 of the 12 keys .* 'a/999'", keys=write_keys(keys, ["a/999", *NAMES[1:]]))
     refused(r"names 'b/001' twice", keys=write_keys(keys, ["b/001", *NAMES[1:]]))
@@ -254,6 +257,17 @@ def test_a_damaged_shard_is_found_and_only_imported_again(tmp_path, images):
     assert any("were imported" in refusal for refusal in report.refused)
     importing.run(options(tmp_path, images, "tok_rgb"))
     assert factories.contents(tmp_path / "cache") == before
+
+
+def test_what_an_import_says_to_run_next_suits_a_cache_of_few_images(tmp_path, images, patchcache):
+    np.save(tmp_path / "ids.npy", drawn_ids(12, 16))
+    done = patchcache(
+        "import", tmp_path / "ids.npy", "--keys", write_keys(tmp_path / "keys.txt"), "--images",
+        images, "--tokenizer", "dalle", "-k", K, "--image-size", 16, "--patch-size", 4, "--out",
+        tmp_path / "cache", "--workers", 0,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert done.out.endswith(" --set data.batch_size=12\n")
 
 
 def test_not_one_image_with_ids_is_an_error_with_the_first_reason(tmp_path, images):

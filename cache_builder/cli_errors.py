@@ -26,11 +26,10 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except PatchCacheError as exc:
-        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        print(f"patchcache {command}: {exc}", file=sys.stderr)
+        print(f"patchcache {_command()}: {exc}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as exc:
-        extra = _EXTRA_OF_COMMAND.get(next(iter(sys.argv[1:]), ""), "all")
+        extra = _EXTRA_OF_COMMAND.get(_command(), "all")
         print(
             f"patchcache needs '{exc.name}', which is not installed. "
             f"Run: pip install 'patchcache[{extra}]'",
@@ -63,6 +62,10 @@ def one_line_errors() -> Iterator[None]:
         if exc.code in _STOPPED:
             print(_GOES_ON, file=sys.stderr)
         raise
+
+
+def _command() -> str:
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
 
 
 def _last_line(exc: BaseException) -> str:

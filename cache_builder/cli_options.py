@@ -127,7 +127,7 @@ def refuse_given(context: typer.Context, names: tuple[str, ...], reason: str) ->
 def _numbers(option: str, text: str, count: int) -> list[float]:
     try:
         values = [float(Fraction(part.strip())) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         values = []
     if len(values) != count:
         raise ConfigError(f"{option} takes {count} numbers with commas between, not {text!r}.")
@@ -166,9 +166,13 @@ def number_or_all(option: str, text: str | None) -> int | Literal["all"] | None:
         return None
     if text == "all":
         return "all"
-    if not text.replace("_", "").isdecimal() or int(text) < 1:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
         raise ConfigError(f"{option} takes a number of 1 or more, or all, not {text!r}.")
-    return int(text)
+    return number
 
 
 def keyword_args(option: str, assignments: list[str] | None) -> dict[str, Any]:

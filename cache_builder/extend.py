@@ -61,9 +61,11 @@ def run(options: ExtendOptions, progress: Progress | None = None) -> BuildSummar
 
     Raises:
         ArtifactError: The cache is unfinished or damaged, or a codebook is.
-        ConfigError: There would be fewer views than there are, or they were given.
+        ConfigError: There would be fewer views than there are, or they were given; or payloads are
+            asked for and no tokenizer is added.
         CacheInUseError: Another driver writes there.
     """
+    _refuse_lone_payloads(options)
     store = open_store(options.cache)
     CacheManifest.load(store)  # says what is missing before anything is written
     with store.lock(holder()):
@@ -88,6 +90,20 @@ def run(options: ExtendOptions, progress: Progress | None = None) -> BuildSummar
             decode_threads=options.cluster.threads_per_worker,
         )
         return build_targets(store, plan, task, options.cluster, progress)
+
+
+def _refuse_lone_payloads(options: ExtendOptions) -> None:
+    asked = {
+        "--soft-top-k": options.soft_top_k,
+        "--soft-temperature": options.soft_temperature,
+        "--store-features": options.store_features,
+    }
+    for option, value in asked.items():
+        if value is not None and not options.codebooks:
+            raise ConfigError(
+                f"{option} {value} is for a tokenizer that --codebook adds, and none is added: "
+                "further views have the payloads of the cache. Leave it out."
+            )
 
 
 def _tokenizers(

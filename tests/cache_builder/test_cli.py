@@ -12,7 +12,7 @@ import torch
 
 from cache_builder import __version__, cli
 from cache_builder.cli_errors import one_line_errors
-from cache_builder.console import RECIPE_BATCH_SIZE
+from cache_builder.console import RECIPE_BATCH_SIZE, print_description
 from tests import factories
 from trainer.config import load_config
 
@@ -104,6 +104,14 @@ def test_wrong_usage_exits_with_2(patchcache, words):
         (
             "build --images images --codebook codebook.safetensors --out new --ratio 2,1/0",
             "patchcache build: --ratio takes 2 numbers with commas between, not '2,1/0'.",
+        ),
+        (
+            "build --images images --codebook codebook.safetensors --out new --scale 0,1e400",
+            "patchcache build: --scale takes 2 numbers with commas between, not '0,1e400'.",
+        ),
+        (
+            "fit --images images --out c --sample 1__0",
+            "patchcache fit: --sample takes a number of 1 or more, or all, not '1__0'.",
         ),
         (
             "build --images images --codebook codebook.safetensors --out cache --seed 5",
@@ -255,6 +263,22 @@ def test_too_little_memory_is_one_line(error, capsys):
 def test_an_error_of_ours_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"), one_line_errors():
         raise RuntimeError("a bug")
+
+
+def test_a_library_that_is_missing_anywhere_is_named_with_the_extra_of_the_command(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["patchcache", "-v", "train", "--cache", "cache"])
+    with pytest.raises(SystemExit, match="1"), one_line_errors():
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+    line = capsys.readouterr().err
+    assert line.endswith("needs 'timm', which is not installed. Run: pip install "
+                         "'patchcache[train]'\n")  # fmt: skip
+
+
+def test_a_description_shows_brackets_as_they_are(capsys):
+    print_description({"images": "/data/[red]/[/old]"})
+    assert capsys.readouterr().out.split() == ["images", "/data/[red]/[/old]"]
 
 
 def test_ctrl_c_before_a_command_has_begun_is_one_line(capsys):

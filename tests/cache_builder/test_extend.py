@@ -210,6 +210,18 @@ def test_soft_targets_are_added_with_views(make, tmp_path):
     assert_same(samples_of(cache), samples_of(make("whole", num_views=3, **settings)))
 
 
+@pytest.mark.parametrize(
+    ("option", "settings"),
+    [("--soft-top-k 3", {"soft_top_k": 3}), ("--store-features int8", {"store_features": "int8"})],
+)
+def test_payloads_without_a_tokenizer_to_add_are_refused(make, option, settings):
+    cache = make()
+    before = factories.contents(cache)
+    with pytest.raises(ConfigError, match=f"{option} is for a tokenizer that --codebook adds"):
+        grow(cache, num_views=3, **settings)
+    assert factories.contents(cache) == before
+
+
 def test_the_command_extends_and_refuses_what_is_settled(make, patchcache, grey_path):
     cache = make()
     done = patchcache(

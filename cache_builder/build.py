@@ -153,10 +153,7 @@ def build_targets(
         count=_counts,
         at_once=_UNITS_AT_A_GPU if cluster.gpus_per_worker else 1,
     )
-    with (
-        build_log.recording(task.cache, _num_views(store, task.names)) as log,
-        contextlib.closing(units),
-    ):
+    with build_log.recording(task.cache) as log, contextlib.closing(units):
         for result, node, seconds in units:
             report = result._replace(node=node, seconds=seconds)
             reports.append(report)
@@ -168,13 +165,6 @@ def build_targets(
         manifest=manifest,
         num_units_kept=sum(report.was_there for report in reports),
     )
-
-
-def _num_views(store: Store, names: Sequence[str]) -> int:
-    """Return how many views of an image are tokenised for a cache ("") and its layers."""
-    places = (layer_store(store, name) if name else store for name in names)
-    plans = (read_model(BuildPlan, place, PLAN_NAME) for place in places)
-    return sum(plan.spec.view_spec.num_views for plan in plans)
 
 
 def _unit_name(store: Store, unit: int) -> str:

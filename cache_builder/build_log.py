@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from cache_builder import __version__, files
-from cache_builder.errors import PatchCacheError
-from cache_builder.stores import open_store, read_location
+from cache_builder.errors import ConfigError, PatchCacheError
+from cache_builder.stores import absolute_location, open_store, read_location
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,16 @@ class UnitDone(Protocol):
         """Images that were tokenised."""
 
     @property
+    def num_views(self) -> int:
+        """Views of them that were."""
+
+    @property
     def num_skipped(self) -> int:
         """Images that were not."""
 
     @property
     def bytes(self) -> int:
-        """Size of the shard."""
+        """Of the shards that were written."""
 
     @property
     def work(self) -> UnitWork | None:
@@ -125,13 +129,8 @@ class UnitMeter:
 class Recorder:
     """Adds up, in the driver, what a run does."""
 
-    def __init__(self, num_views: int) -> None:
-        """Start the clock.
-
-        Args:
-            num_views: Of every image.
-        """
-        self._num_views = num_views
+    def __init__(self) -> None:
+        """Start the clock."""
         self._started = datetime.now(UTC)
         self._started_s = time.monotonic()
         self._first_s = self._last_s = self._started_s  # of units that this run built
@@ -166,7 +165,7 @@ class Recorder:
             num_workers=len({(work.host, work.process) for work in self._work}),
             devices=tuple(sorted({work.device for work in self._work})),
             num_images=num_images,
-            num_views=num_images * self._num_views,
+            num_views=sum(unit.num_views for unit in self._built),
             num_skipped=sum(unit.num_skipped for unit in self._built),
             bytes_read=sum(work.bytes_read for work in self._work),
             bytes_written=sum(unit.bytes for unit in self._built),
@@ -178,9 +177,9 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recording(cache: str, num_views: int) -> Iterator[Recorder]:
+def recording(cache: str) -> Iterator[Recorder]:
     """Log the block as one run of the build of `cache`, however it ends."""
-    recorder = Recorder(num_views)
+    recorder = Recorder()
     try:
         yield recorder
     except Exception as exc:
@@ -194,7 +193,7 @@ def recording(cache: str, num_views: int) -> Iterator[Recorder]:
 
 def log_location(cache: str) -> str:
     """Return where the log of the cache at `cache` lies."""
-    return cache.rstrip("/") + SUFFIX
+    return absolute_location(cache).rstrip("/") + SUFFIX
 
 
 def append(cache: str, run: BuildRun) -> None:
@@ -226,6 +225,8 @@ def _append(location: str, line: bytes) -> None:
     if "://" in location:
         # Nothing can be appended there; the lock of the cache keeps other drivers out.
         root, _, name = location.rpartition("/")
+        if "://" not in root:
+            raise ConfigError(f"{location} is no object: the cache is the whole of its bucket")
         store = open_store(root)
         before = store.read(name) if store.exists(name) else b""
         store.publish(name, before + _break_after(before[-1:]) + line)

@@ -32,7 +32,7 @@ class UnitReport(NamedTuple):
     num_samples: int
     num_skipped: int
     num_views: int  # tokenised by this run
-    bytes: int  # written
+    bytes: int  # of the shards that this run wrote
     was_there: bool  # finished by an earlier run and found undamaged
     summaries: tuple[UnitSummary, ...]  # of every target, for the manifests
     work: UnitWork | None = None  # how this run built it
@@ -90,7 +90,7 @@ class BuildWorker:
             num_skipped=first.shard.num_skipped,
             num_views=first.shard.num_samples
             * sum(self._target(name).plan.spec.view_spec.num_views for name in missing),
-            bytes=sum(summary.shard.bytes for summary in summaries.values()),
+            bytes=sum(summaries[name].shard.bytes for name in missing),
             was_there=not missing,
             summaries=tuple(summaries[name] for name in self._task.names),
             work=work,

@@ -164,9 +164,11 @@ def _label_facts(survey: CacheSurvey) -> Iterator[Measure]:
 def _build_facts(survey: CacheSurvey) -> Iterator[Measure]:
     working = [run for run in survey.builds if run.num_images]
     if not working:
-        yield Measure(
-            "build", "no log", "", f"{build_log.log_location(survey.location)} is not there."
-        )
+        log = build_log.log_location(survey.location)
+        value, meaning = "no log", f"{log} is not there."
+        if survey.builds:
+            value, meaning = "no rate", f"Of the runs in {log} none tokenised an image."
+        yield Measure("build", value, "", meaning)
         return
     last = working[-1]
     yield Measure(

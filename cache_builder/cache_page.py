@@ -141,10 +141,14 @@ def _examples_section(survey: CacheSurvey, cache: TokenCache, shelf: _Shelf) -> 
     missing = ""
     if shelf.num_missing:
         reasons = "".join(f"<li>{html.escape(text)}</li>" for text in shelf.problems[:5])
+        advice = (
+            "Name the place where the images lie now with <code>--images</code>."
+            if survey.manifest.spec.images_in_cache == "none"
+            else "They are damaged in the cache: run <code>patchcache verify</code>."
+        )
         missing = (
             f"<p><strong>{shelf.num_missing:,} of these images cannot be shown</strong>, their "
-            "boxes and token maps can. Name the place where the images lie now with "
-            f"<code>--images</code>.</p><ul>{reasons}</ul>"
+            f"boxes and token maps can. {advice}</p><ul>{reasons}</ul>"
         )
     third = (
         "and the pixels of the centroids that those ids name"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cache_builder import files, pages, pictures
 from cache_builder.appraisal import Appraisal
 from cache_builder.appraisal_table import measures, picked_text, warnings
-from cache_builder.errors import ImageError
+from cache_builder.errors import ImageError, SourceError
 from cache_builder.tokenizers import PatchTokenizer
 
 _MAX_PHOTOS = 8
@@ -71,11 +71,14 @@ class _Examples:
             wanted |= {image for places in self.places.values() for image, _, _ in places}
         keys = frozenset(appraisal.rows[index].key for index in wanted)
         index_of_key = {row.key: index for index, row in enumerate(appraisal.rows)}
-        self.pixels = {
-            index_of_key[row.key]: pictures.channels_last(view)
-            for row, view in appraisal.picked.views(tokenizer, keys)
-            if not isinstance(view, ImageError)
-        }
+        self.pixels: dict[int, pictures.Pixels] = {}
+        for row, view in appraisal.picked.views(tokenizer, keys):
+            if isinstance(view, ImageError):
+                raise SourceError(
+                    f"{row.source} was measured and has changed since: {view}. Run the command "
+                    "again."
+                )
+            self.pixels[index_of_key[row.key]] = pictures.channels_last(view)
 
 
 def _places(token_ids: NDArray[np.uint16], token_id: int) -> list[tuple[int, int, int]]:

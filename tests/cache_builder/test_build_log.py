@@ -37,9 +37,9 @@ def a_run(**changes):
     return BuildRun(**(fields | changes))
 
 
-def a_report(num_samples, num_bytes, work):
+def a_report(num_samples, num_views, num_bytes, work):
     return UnitReport(
-        0, num_samples, 0, 0, num_bytes, was_there=work is None, summaries=(), work=work
+        0, num_samples, 0, num_views, num_bytes, was_there=work is None, summaries=(), work=work
     )
 
 
@@ -83,8 +83,8 @@ def test_a_run_of_build_adds_a_line_beside_the_cache(tmp_path, codebook_path, ra
 def test_a_run_that_does_not_finish_is_logged_and_still_raises(tmp_path, raised, outcome, error):
     cache = str(tmp_path / "cache")
     work = UnitWork("host", 1, "cpu", seconds=0.5, bytes_read=7)
-    unit = a_report(3, 99, work)
-    with pytest.raises(type(raised)), recording(cache, num_views=4) as log:
+    unit = a_report(3, 12, 99, work)
+    with pytest.raises(type(raised)), recording(cache) as log:
         log.unit_done(unit)
         raise raised
     (run,) = read(cache)
@@ -95,18 +95,18 @@ def test_a_run_that_does_not_finish_is_logged_and_still_raises(tmp_path, raised,
 def test_rates_are_over_the_time_in_which_units_are_at_work(tmp_path, monkeypatch):
     clock = iter([0.0, 12.0, 14.0, 20.0])
     monkeypatch.setattr(build_log.time, "monotonic", lambda: next(clock))
-    recorder = build_log.Recorder(num_views=2)
+    recorder = build_log.Recorder()
     for process, seconds in ((1, 2.0), (2, 3.5)):  # from 10 to 12, and from 10.5 to 14
         work = UnitWork("host", process, "cpu", seconds, 0)
-        recorder.unit_done(a_report(20, 0, work))
+        recorder.unit_done(a_report(20, 40, 0, work))
     run = recorder.run("finished")
     assert (run.seconds, run.working_seconds) == (20, 4)
     assert (run.images_per_s, run.views_per_s, run.num_workers) == (10, 20, 2)
 
 
 def test_a_run_that_only_confirms_a_cache_has_no_rate(tmp_path):
-    with recording(str(tmp_path / "cache"), 1) as log:
-        log.unit_done(a_report(20, 0, None))
+    with recording(str(tmp_path / "cache")) as log:
+        log.unit_done(a_report(20, 0, 0, None))
     (run,) = read(str(tmp_path / "cache"))
     assert (run.num_images, run.num_units_kept, run.images_per_s) == (0, 1, 0)
 
@@ -132,6 +132,42 @@ def test_a_trailing_slash_names_the_same_log(tmp_path):
     append(f"{tmp_path}/cache/", a_run())
     assert read(f"{tmp_path}/cache") == [a_run()]
     assert [path.name for path in tmp_path.iterdir()] == ["cache.log.jsonl"]
+
+
+def test_a_cache_by_another_name_has_the_same_log(tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "cache")
+    append(f"{tmp_path}/cache", a_run())
+    monkeypatch.chdir(tmp_path / "cache")
+    assert read(".") == read("../alias") == read("../cache/") == [a_run()]
+
+
+def test_a_cache_that_is_the_whole_of_a_bucket_leaves_no_log_and_no_folder(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    append("s3://bucket", a_run())
+    assert "The log of this build is not kept: s3://bucket.log.jsonl" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_run_adds_to_a_unit_is_logged(tmp_path, codebook_path):
+    images = factories.write_folder(tmp_path / "images", factories.patch_images(3))
+    other = factories.write_codebook(tmp_path / "b.safetensors", colours=factories.COLOURS[::-1])
+    settings = {
+        "images": str(images), "codebook": codebook_path, "out": tmp_path / "cache",
+        "further_codebooks": (other,), "num_views": 2, "device": "cpu",
+        "cluster": ClusterOptions(num_workers=0),
+    }  # fmt: skip
+    build.run(build.BuildOptions(**settings))
+    (record,) = (tmp_path / "cache" / "targets").glob("*/units/000000.json")
+    record.unlink()
+    build.run(build.BuildOptions(**settings))
+    whole, again = read(str(tmp_path / "cache"))
+    (layer,) = (tmp_path / "cache" / "targets").glob("*/shards/000000.tar")
+    assert (whole.num_views, again.num_views) == (12, 6)
+    assert again.bytes_written == layer.stat().st_size
+    assert whole.bytes_written > again.bytes_written
 
 
 def test_a_place_where_nothing_can_be_written_is_a_warning(tmp_path, caplog):

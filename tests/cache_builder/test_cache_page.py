@@ -5,6 +5,7 @@ import html
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from cache_builder import build_log, cache_page, cache_survey, pictures
 from cache_builder.cache_facts import facts
-from cache_builder.errors import ConfigError
+from cache_builder.errors import ConfigError, ImageError
 from cache_builder.formats import TokenCache
 from tests import factories
 from tests.cache_builder.test_build_log import a_run
@@ -164,6 +165,38 @@ def test_one_image_that_is_gone_leaves_the_others(tmp_path, codebook_path):
     assert "a/000.jpg cannot be read" in problems[0]
     assert "1 of these images cannot be shown" in text
     assert len(pictures_of(text)) == 5 * 3 * 3 + 3 * 2
+
+
+def test_an_image_that_is_damaged_in_its_cache_is_not_looked_for_elsewhere(
+    tmp_path, codebook_path, monkeypatch
+):
+    path = build(tmp_path, codebook_path)
+
+    def refuse(data):
+        raise ImageError("truncated")
+
+    monkeypatch.setattr(cache_page, "decode", refuse)
+    _, problems, text = write(path)
+    assert problems == ["truncated"]
+    assert "run <code>patchcache verify</code>" in text
+    assert "<code>--images</code>" not in text
+
+
+def test_a_log_of_runs_without_images_is_not_called_missing(tmp_path, codebook_path):
+    path = build(tmp_path, codebook_path)
+    log = build_log.log_location(str(path))
+    Path(log).unlink(missing_ok=True)
+    for runs, value, meaning in (
+        ([], "no log", "is not there"),
+        ([0], "no rate", "none tokenised"),
+    ):
+        for number in runs:
+            build_log.append(str(path), a_run(num_images=number))
+        with TokenCache.open(path) as cache:
+            (fact,) = (each for each in facts(cache_survey.run(cache)) if each.name == "build")
+        assert fact.value == value
+        assert log in fact.meaning
+        assert meaning in fact.meaning
 
 
 def test_a_cache_that_holds_its_images_takes_none(tmp_path, codebook_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from cache_builder import codebook_page
 from cache_builder.appraisal import AppraisalOptions, run
 from cache_builder.appraisal_table import measures
+from cache_builder.errors import SourceError
 from cache_builder.pictures import patch_in_its_place, usage_curve
 from tests import factories
 
@@ -61,6 +62,14 @@ def test_a_page_of_features_shows_patches_that_carry_the_ids(tmp_path):
     assert f"id {counts.argmax()}, {counts.max()} tokens" in text
     assert "a patch of a/000" in text
     assert "both, one over the other" in text
+
+
+def test_a_photo_that_is_damaged_after_the_measurement_is_named(tmp_path, codebook_path, images):
+    appraisal = run(AppraisalOptions(codebook_path, str(images), device="cpu"))
+    (images / "a/000.png").write_bytes(b"text")
+    with pytest.raises(SourceError, match=r"a/000\.png was measured and has changed since"):
+        codebook_page.write(tmp_path / "page.html", appraisal, "c")
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_names_of_files_cannot_write_html(tmp_path, codebook_path):

@@ -84,9 +84,14 @@ def run(required: Sequence[str]) -> Report:
         required: Extras that must be whole.
 
     Raises:
-        ConfigError: There is no such extra.
+        ConfigError: There is no such extra, or none is known.
     """
     of = requirements.ours()
+    if required and of is None:
+        raise ConfigError(
+            f"--require {required[0]}: extras are known by metadata, and these sources are not "
+            "installed. Run pip install . where pyproject.toml lies."
+        )
     known = requirements.extras(of) if of else []
     for extra in required:
         if extra not in known:

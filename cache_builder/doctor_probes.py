@@ -1,7 +1,7 @@
 """What `patchcache doctor` tries, each in a process of its own: import it, and use it once.
 
-A probe prints one line of JSON per finding. What it does not survive is found out from how its
-process ends.
+A probe prints one marked line of JSON per finding; libraries print lines of their own. What it does
+not survive is found out from how its process ends.
 """
 
 import json
@@ -39,10 +39,11 @@ class Answer(NamedTuple):
     problem: str = ""  # how it ended, if not well
 
 
-_TELL = """
+_MARK = "finding: "
+_TELL = f"""
 import json
 def tell(name, state, value, hint=""):
-    print(json.dumps([name, state, value, hint]), flush=True)
+    print({_MARK!r} + json.dumps([name, state, value, hint]), flush=True)
 """
 
 _TORCH = """
@@ -150,7 +151,11 @@ def _answer(process: "subprocess.Popen[str]") -> Answer:
 
 
 def _lines(out: str) -> tuple[Line, ...]:
-    return tuple(Line(*json.loads(line)) for line in out.splitlines() if line.startswith("["))
+    return tuple(
+        Line(*json.loads(line.removeprefix(_MARK)))
+        for line in out.splitlines()
+        if line.startswith(_MARK)
+    )
 
 
 def _ending(status: int, err: str) -> str:

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from cache_builder import doctor, doctor_probes, requirements
 from cache_builder.doctor import Finding, Report, judge_extra
 from cache_builder.doctor_probes import Line, Probe, ask
+from cache_builder.errors import ConfigError
 from cache_builder.requirements import Found
 from tests import plugins
 
@@ -54,6 +55,12 @@ def test_a_library_that_does_not_survive_its_use_is_found_out(code, problem):
     (answer,) = ask([probe(before + code)])
     assert answer.lines == (Line("thing", "ok", "1.0"),)
     assert answer.problem == problem
+
+
+def test_what_libraries_print_is_no_finding():
+    code = "print('[thing] initialised')\ntell('thing', 'ok', '1.0')\nprint('[1, 2]')"
+    (answer,) = ask([probe(code)])
+    assert answer == ((Line("thing", "ok", "1.0"),), "")
 
 
 def test_a_library_that_hangs_is_found_out(monkeypatch):
@@ -104,6 +111,8 @@ def test_sources_that_are_not_installed_are_broken(monkeypatch):
     report = doctor.run([])
     assert not report.is_well
     assert "sources that are not installed" in "\n".join(report.lines())
+    with pytest.raises(ConfigError, match=r"--require train: .*pip install \."):
+        doctor.run(["train"])
 
 
 def test_little_room_and_few_open_files_are_weak(monkeypatch, tmp_path):

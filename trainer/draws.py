@@ -49,8 +49,9 @@ class SampleGenerator:
 
     def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
         """Return float32 (B, *shape), normally distributed."""
-        # Half a step inside of (0, 1), where the inverse is finite.
+        # Half a step inside of (0, 1), where the inverse is finite. The last one would round to 1.
         units = self.uniform(*shape) + 2.0 ** -(_FLOAT_BITS + 1)
+        units.clamp_(max=1 - 2.0**-_FLOAT_BITS)
         return mean + std * torch.special.ndtri(units.double()).float()
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:

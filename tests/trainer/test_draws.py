@@ -49,6 +49,15 @@ def test_normal_numbers_have_mean_and_standard_deviation():
     assert bool(torch.isfinite(drawn).all())
 
 
+def test_the_smallest_and_the_largest_draw_make_finite_normal_numbers(monkeypatch):
+    numbers = generator(2)
+    ends = torch.tensor([[0.0], [1 - 2.0**-24]])
+    monkeypatch.setattr(numbers, "uniform", lambda *shape: ends.clone())
+    low, high = numbers.normal(1).flatten().tolist()
+    assert -6 < low < -5
+    assert 5 < high < 6
+
+
 def test_integers_stay_below_the_end_and_reach_both_ends():
     assert set(generator(200).integers(3, 6, 5).flatten().tolist()) == {3, 4, 5}
 

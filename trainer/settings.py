@@ -111,13 +111,16 @@ def _parse_value(text: str) -> object:
 
 
 def _unknown_key(parts: Sequence[str], keys_at: KeysAt) -> str:
-    *parents, name = parts
-    known = keys_at(parents)
+    """Name the first part of a key that there is not, and what there is in its place."""
+    depth = 0
+    while depth + 1 < len(parts) and parts[depth] in keys_at(parts[:depth]):
+        depth += 1
+    name, known = parts[depth], keys_at(parts[:depth])
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = (
         f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}."
     )
-    return f"Unknown key '{'.'.join(parts)}'; {hint}"
+    return f"Unknown key '{'.'.join(parts[: depth + 1])}'; {hint}"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

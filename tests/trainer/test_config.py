@@ -33,6 +33,8 @@ def test_overrides_are_toml_values_or_bare_words():
     [
         ("optim.weigth_decay=0", r"Unknown key 'optim.weigth_decay'; did you mean 'weight_decay'"),
         ("otpim.lr=1", r"Unknown key 'otpim.*did you mean 'optim'"),
+        ("otpim.clip_norm=none", r"Unknown key 'otpim'; did you mean 'optim'"),
+        ("optim.clip_nrom=none", r"Unknown key 'optim.clip_nrom'; did you mean 'clip_norm'"),
         ("run.steps=many", r"Wrong value 'many' for 'run.steps'"),
         ("run.steps=0", r"0 for 'run.steps'"),
         ("objective.mask_ratio=1.5", r"1.5 for 'objective.mask_ratio'.*less than 1"),

@@ -86,6 +86,8 @@ def run(
             settings differ from those resumed.
         NotFiniteError: The loss is no longer a number.
     """
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"stop_after counts steps from 1; it cannot be {stop_after}.")
     out_dir = Path(out_dir)
     if (trained := latest_of_training(out_dir)) is not None:
         raise ConfigError(

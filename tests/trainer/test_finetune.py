@@ -188,6 +188,14 @@ def test_the_directory_of_a_pre_training_is_refused(places, tmp_path):
         finetune.run(tiny(), model, images, model.parent.parent)
 
 
+@pytest.mark.parametrize("stop_after", [0, -1])
+def test_a_run_cannot_stop_before_its_first_step(places, tmp_path, stop_after):
+    images, model = places
+    with pytest.raises(ConfigError, match=rf"counts steps from 1; it cannot be {stop_after}"):
+        finetune.run(tiny(), model, images, tmp_path / "tuned", stop_after=stop_after)
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_pre_training_refuses_the_directory_of_a_fine_tuning(places, tmp_path):
     images, model = places
     finetune.run(tiny(), model, images, tmp_path / "tuned")

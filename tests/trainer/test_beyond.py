@@ -270,6 +270,13 @@ def test_a_grid_too_coarse_to_have_anything_around_the_middle_is_refused(tiny_ca
         make_objective(tiny_cache, "beyond")
 
 
+def test_a_zoom_of_less_than_a_pixel_leaves_none_to_predict_and_is_refused(tiny_cache):
+    with pytest.raises(
+        ConfigError, match=r"zoom 1.01, no pixel around the \d+ x \d+ that are shown .* Raise"
+    ):
+        make_objective(tiny_cache, "beyond", targets="pixels", zoom=1.01)
+
+
 def test_a_cache_of_several_ids_per_patch_has_pixels_to_predict_but_no_id(residual_cache):
     with pytest.raises(ConfigError, match=r"2 token ids per patch; method 'beyond' predicts one"):
         make_objective(residual_cache, "beyond", zoom=2.0)

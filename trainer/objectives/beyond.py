@@ -121,6 +121,11 @@ class BeyondMasking(nn.Module):
             num_outputs = parts.manifest.vocab_size
         else:
             patch_size = size // num_cells
+            if config.degradation == "zoomed_in" and self.image_size == size:
+                raise ConfigError(
+                    f"With objective.zoom {config.zoom or ZOOM_IN:.4g}, no pixel around the {size} x {size} "
+                    "that are shown is left to predict. Raise objective.zoom."
+                )
             if patch_size < 2:
                 raise ConfigError(
                     "Pixel targets are standardised within a patch, and patches of this cache are "

@@ -275,8 +275,9 @@ class Codebook:
 def _metadata(data: bytes) -> dict[str, str]:
     """Return the metadata of a safetensors file that has been read once without an error."""
     length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return metadata
+    # The library lets a null pass.
+    metadata: dict[str, str] | None = json.loads(data[8 : 8 + length]).get("__metadata__")
+    return metadata or {}
 
 
 def _unreadable(place: str, exc: Exception) -> ArtifactError:

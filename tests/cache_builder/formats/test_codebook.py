@@ -135,9 +135,14 @@ def test_a_missing_file_says_how_to_make_one(tmp_path):
 
 def test_another_safetensors_file_is_not_a_codebook(tmp_path):
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(save({"w": np.zeros(3, np.float32)}))
-    with pytest.raises(ArtifactError, match="not a codebook"):
-        Codebook.load(path)
+    header = b'{"__metadata__":null}'
+    for content in (
+        save({"w": np.zeros(3, np.float32)}),
+        len(header).to_bytes(8, "little") + header,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match="not a codebook"):
+            Codebook.load(path)
 
 
 @pytest.mark.parametrize(

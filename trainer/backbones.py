@@ -9,6 +9,7 @@ What a user may name:
     timm:NAME@weights.safetensors                   the same with the weights of a file
 """
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -34,7 +35,10 @@ METADATA_KEY: Final = "patchcache"  # of an exported file: a JSON text
 
 _TIMM = "timm:"
 _MAX_SIZE = 1 << 14  # of an image, pixels
-_LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError)
+_LOADING_ERRORS = (
+    OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, EOFError,
+    pickle.UnpicklingError, safetensors.SafetensorError,
+)  # fmt: skip
 
 
 class _Exported(BaseModel, extra="allow"):
@@ -218,9 +222,12 @@ def _of_timm(text: str) -> Backbone:
         found = timm.models.load_checkpoint(model, weights, strict=False) if at else None
     except _LOADING_ERRORS as exc:
         place = weights if at else "its published place"
-        way_out = "" if at else f" Download them elsewhere and pass {text}@FILE."
+        way_out = "Copy the file again, or name another."
+        if not at:
+            way_out = f"Download them elsewhere and pass {text}@FILE."
+        reason = shorten(str(exc).strip().rstrip(".")) or type(exc).__name__
         raise ConfigError(
-            f"The weights of {name} cannot be loaded from {place}: {exc}.{way_out}"
+            f"The weights of {name} cannot be loaded from {place}: {reason}. {way_out}"
         ) from exc
     if found is not None:
         classifier = model.pretrained_cfg.get("classifier") or "head"

@@ -8,11 +8,13 @@ the codebook, so that the same model can be made again.
 import hashlib
 import inspect
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from pydantic import JsonValue
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cache_builder.errors import ConfigError, MissingDependencyError
@@ -22,6 +24,12 @@ from cache_builder.formats.views import Interpolation
 DEFAULT_IMAGE_SIZE = 224
 
 Library = Literal["open_clip", "timm"]
+
+# What the libraries raise of names, of arguments and of damaged weights.
+_LOADING_ERRORS = (
+    RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, EOFError,
+    pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
 
 # Families of timm whose constructor takes `img_size`.
 _SIZED_FAMILIES = frozenset(
@@ -102,10 +110,10 @@ def create_model(
     create = _create_open_clip if library == "open_clip" else _create_timm
     try:
         model = create(name, kind, source, args, image_size)
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as exc:
+    except _LOADING_ERRORS as exc:
         raise ConfigError(
             f"{library}:{name} cannot be created with {args or 'no arguments'} from {weights}: "
-            f"{str(exc).strip()[:500]}"
+            f"{str(exc).strip()[:500] or type(exc).__name__}"
         ) from exc
     return model.eval().requires_grad_(requires_grad=False)
 

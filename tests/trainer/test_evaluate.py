@@ -236,6 +236,15 @@ def test_a_model_that_is_not_there_is_refused_by_name(trained, name, message):
         evaluate.probe(name, data=trained[0] / "cache")
 
 
+@pytest.mark.parametrize("content", [b"", b"no weights at all"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_damaged_file_of_weights_is_named_with_what_to_do(tmp_path, suffix, content):
+    path = tmp_path / f"weights.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{path}: \w.*\. Copy the file again"):
+        evaluate.probe(f"timm:test_vit@{path}", data=tmp_path)
+
+
 def test_weights_of_another_model_are_refused(trained, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"layer": torch.zeros(3)}, path)

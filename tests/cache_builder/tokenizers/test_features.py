@@ -305,6 +305,16 @@ def test_a_wrong_request_says_what_is_wrong(features, options, message):
         make_extractor(FeatureOptions(features, **options), CPU)
 
 
+@pytest.mark.parametrize("content", [b"", b"no weights at all"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("model", ["timm:resnet10t", "open_clip:RN50"])
+def test_a_damaged_file_of_weights_is_named(tmp_path, model, suffix, content):
+    path = tmp_path / f"weights.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{model} cannot be created .* from file:{path}: \w"):
+        make_extractor(FeatureOptions(f"{model}@{path}"), CPU)
+
+
 def test_every_map_of_a_model_has_the_stride_that_it_says():
     vit = SMALL_VIT | {"vision_cfg": SMALL_VIT["vision_cfg"] | {"image_size": 64}}
     for name, args, layers in (

@@ -296,8 +296,10 @@ def _add_up(sums: Tensor, ids: Tensor, points: Tensor) -> None:
 
 
 def _lots(numbers: Tensor, salt: int) -> Tensor:
-    """Return a pseudo-random number of 62 bits for every point."""
-    value = (numbers + 1 + (salt << 40)) * _GAMMA
+    """Return a pseudo-random number of 62 bits for every point; of a salt 24 bits count."""
+    start = (salt << 40) % (1 << 64)
+    start -= (start >> 63) << 64  # signed, as the numbers are
+    value = (numbers + 1 + start) * _GAMMA
     for shift, factor in _MIX:
         value = (value ^ _shifted(value, shift)) * factor
     value ^= _shifted(value, 31)

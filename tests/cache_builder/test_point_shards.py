@@ -102,6 +102,15 @@ def test_lots_are_spread_evenly():
     assert len(set(winners)) > 380
 
 
+@pytest.mark.parametrize("seed", [-(10**9), 8_000, 20_000, 20_260_101, 2**62])
+def test_members_are_drawn_whatever_the_seed_of_the_fit(seed):
+    shard = PointShard(PointSet.of(torch.tensor([[1], [2], [200]], dtype=torch.uint8)))
+    shard.assign(torch.tensor([[0], [200]], dtype=torch.uint8))
+    drawn = [shard.draw_members(seed * 1009 + iteration).points.tolist() for iteration in range(20)]
+    assert {first for first, _ in drawn} == {0, 1}
+    assert {second for _, second in drawn} == {-1}
+
+
 def test_points_are_fetched_by_number_in_any_order(patches):
     shards = spread(PointSet.of(patches), 5)
     numbers = torch.tensor([len(patches) - 1, 0, 7, 7, len(patches) // 2])

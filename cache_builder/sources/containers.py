@@ -49,7 +49,9 @@ class Container:
         Raises:
             SourceError: It cannot be read.
         """
-        num_bytes = max(0, min(num_bytes, self.num_bytes - offset))
+        num_bytes = min(num_bytes, self.num_bytes - offset)
+        if num_bytes <= 0:
+            return b""  # also where a damaged archive points beyond what any file can be asked for
         if self._handle is None:
             return remote.read_range(self.location, offset, num_bytes)
         try:

@@ -73,8 +73,8 @@ def _read_local(path: str) -> bytes | ImageError:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             return file.read()
     except (OSError, ValueError) as exc:  # a name with a zero byte is a ValueError
-        number = getattr(exc, "errno", None) or 0
+        reason = exc.strerror if isinstance(exc, OSError) else exc
         raise SourceError(
-            f"{shorten(path)} cannot be read: {os.strerror(number)}. It was there "
+            f"{shorten(path)} cannot be read: {reason}. It was there "
             "when the source was listed; restore it and run the same command again."
         ) from exc

@@ -16,6 +16,7 @@ TarKind = Literal["file", "folder", "link", "device", "sparse"]
 
 _END = bytes(BLOCK_BYTES)
 _MAX_NAME_BYTES = 1 << 20  # of an extended header
+_MAX_MEMBER_BYTES = 1 << 62  # no file is so long, and the place behind it still fits an offset
 _FILES = (b"0", b"\0", b"7")
 _KINDS: dict[bytes, TarKind] = {
     b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": "folder", b"6": "device",
@@ -102,7 +103,10 @@ def parse_header(block: bytes) -> TarHeader | None:
     except ValueError:
         return None
     # The checksum counts itself as spaces.
-    if checksum != sum(block) - sum(block[148:156]) + 8 * 0x20 or num_bytes >= 1 << 63:
+    if checksum != sum(block) - sum(block[148:156]) + 8 * 0x20:
+        return None
+    # Python reads a minus in an octal number; such a size would lead back to this very header.
+    if not 0 <= num_bytes <= _MAX_MEMBER_BYTES:
         return None
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):

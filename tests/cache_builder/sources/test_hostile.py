@@ -155,6 +155,18 @@ def test_a_header_that_claims_more_memory_than_a_name_needs_ends_the_tar(tmp_pat
         listed(path)
 
 
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"\x80" + (2**63 - 1).to_bytes(11)])
+def test_a_size_that_leads_back_or_beyond_any_file_ends_the_tar(tmp_path, size):
+    info = tarfile.TarInfo("a.jpg")
+    header = bytearray(info.tobuf())
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "t.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(SourceError, match=r"t.tar cannot be read as a tar: .*damaged at byte 0"):
+        listed(tmp_path / "t.tar")
+
+
 def test_a_device_in_a_folder_is_refused(tmp_path):
     factories.write_folder(tmp_path, {"b.jpg": GOOD})
     (tmp_path / "a.jpg").symlink_to("/dev/zero")
@@ -306,7 +318,9 @@ def test_a_plan_that_names_a_file_as_no_file_system_can_is_answered_by_name(tmp_
     with pytest.raises(SourceError, match=r"a\\x00b.tar cannot be opened: .*Restore it"):
         list(read_unit("", unit))
     folder = PlanUnit(unit=0, rows=(PlanRow(key="a", source="a\0.png"),))
-    with pytest.raises(SourceError, match=r"a\\x00.png cannot be read: .*restore it"):
+    with pytest.raises(
+        SourceError, match=r"a\\x00.png cannot be read: embedded null byte.*restore it"
+    ):
         list(read_unit(str(tmp_path), folder))
 
 

@@ -15,7 +15,7 @@ class Measure(NamedTuple):
 def size_text(num_bytes: float) -> str:
     """Return a size as a person reads it: 1.5 MB, powers of ten."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if round(num_bytes, 1) < 1000:  # 999.96 kB would be printed as 1000.0
             return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.1f} TB"

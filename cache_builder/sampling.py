@@ -161,7 +161,7 @@ def draw_sample(
 
     Raises:
         ConfigError: The store belongs to another sample, or features do not fit its type.
-        SourceError: An image cannot be read, or none can be decoded.
+        SourceError: An image cannot be read.
     """
     draws = plan_draw(listing, extractor.pixel_rule, options)
     sample_store.settle(store, _question(listing, extractor, options, draws), replace=replace)
@@ -331,7 +331,7 @@ def _smallest_of_each_class(
     count = options.images_per_class or 0
     num_small = sum(len(keys) < count for keys in members.values())
     if num_small:
-        logger.warning("%d classes have fewer than %d images; all of theirs", num_small, count)
+        logger.warning("%d classes have fewer than %d images; all are taken", num_small, count)
     chosen = [key for label in members for key in smallest(members[label], count, options.seed)]
     return smallest(chosen, len(chosen), options.seed)
 

@@ -5,7 +5,7 @@ import pytest
 from cache_builder import progress
 from cache_builder.build_log import UnitWork
 from cache_builder.build_worker import UnitReport
-from cache_builder.measures import duration_text
+from cache_builder.measures import duration_text, size_text
 from cache_builder.progress import BuildProgress
 
 
@@ -98,3 +98,12 @@ def test_a_stop_says_how_much_is_kept(clock, capsys, error):
 )
 def test_a_time_is_written_as_a_person_reads_it(seconds, text):
     assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(999, "999 bytes"), (1000, "1.0 kB"), (999_940, "999.9 kB"), (999_960, "1.0 MB"),
+     (1e13, "10.0 TB")],
+)  # fmt: skip
+def test_a_size_is_written_as_a_person_reads_it(num_bytes, text):
+    assert size_text(num_bytes) == text

@@ -7,7 +7,6 @@ so that both ways are tried; the digest of the plan tells which it was.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cache_builder.formats.manifest import CacheSpec
 from cache_builder.formats.plan import PlanUnit
 from cache_builder.merging import unite_classes
 from cache_builder.sources import open_source
-from cache_builder.sources.names import base_name, container_kind, expand_braces, join, parent
+from cache_builder.sources.names import expand_braces, moved_place
 
 
 def list_again(
@@ -39,13 +38,8 @@ def list_again(
 
 
 def moved_container(container: str, location: str) -> str:
-    """Return where a tar, say, lies if the source lies at `location`; its name stays."""
-    name = base_name(container)
-    found = _places(location).get(name)
-    if found is not None:
-        return found
-    place = _absolute(location)
-    return join(parent(place) if container_kind(place) else place, name)
+    """Return the absolute place of a tar, say, if the source lies at `location`."""
+    return _absolute(moved_place(container, location))
 
 
 def _listings(
@@ -53,7 +47,7 @@ def _listings(
 ) -> Iterator[Iterable[PlanUnit]]:
     kind = spec.source.kind
     if kind == "cache":
-        inputs = [InputCache(place) for place in _places(location).values()]
+        inputs = [InputCache(_absolute(place)) for place in expand_braces(location)]
         relabel = unite_classes(inputs).relabel
         for unit_size in (None, spec.unit_size):
             yield Arrangement(inputs, unit_size=unit_size, relabel=relabel, as_containers=True)
@@ -81,12 +75,6 @@ def _recorded(unit: PlanUnit, location: str) -> PlanUnit:
     if not unit.container:
         return unit
     return unit.model_copy(update={"container": moved_container(unit.container, location)})
-
-
-@lru_cache(maxsize=4)
-def _places(location: str) -> dict[str, str]:
-    """Return the places that a pattern names, by their last parts."""
-    return {base_name(place): _absolute(place) for place in expand_braces(location)}
 
 
 def _absolute(location: str) -> str:

@@ -90,7 +90,8 @@ def read_keys(path: Path) -> list[str]:
         ConfigError: It is no such list, it is empty, or a key occurs twice.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        # Spreadsheets put a byte order mark in front, which would belong to the first name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
             keys = _READERS[path.suffix](file)
     except KeyError:
         raise ConfigError(
@@ -244,7 +245,7 @@ def _open_torch(location: Path) -> TokenRows:
 
 
 def _without_extension(name: str) -> str:
-    return name.rpartition(".")[0] if is_image(name) and "." in name else name
+    return name.rpartition(".")[0] if is_image(name) else name
 
 
 def _text_keys(file: Any) -> list[str]:

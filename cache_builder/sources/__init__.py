@@ -185,4 +185,15 @@ def _local_files(pattern: str) -> list[str]:
             + (f", nor are {len(missing) - 1} others of {pattern}." if len(missing) > 1 else ".")
             + " Pass a folder of images, or tars, zips, Parquet files or a list."
         )
-    return [str(path.resolve()) for path in paths]
+    return [str(_settled(path)) for path in paths]
+
+
+def _settled(path: Path) -> Path:
+    """Return where a file lies, links followed.
+
+    What a link leads to may have a name that does not say what it is, as in the cache of the
+    Hugging Face hub; then the link itself is the file.
+    """
+    place = path.resolve()
+    is_known = container_kind(place.name) or is_list(place.name)
+    return place if is_known else path.parent.resolve() / path.name

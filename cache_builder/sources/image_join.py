@@ -8,15 +8,7 @@ from cache_builder.formats.manifest import SourceInfo, read_model
 from cache_builder.formats.plan import PlanRow, PlanUnit, plan_unit_name
 from cache_builder.sources.containers import Container, open_inflated
 from cache_builder.sources.files import read_row as read_file
-from cache_builder.sources.names import (
-    base_name,
-    container_kind,
-    expand_braces,
-    is_list,
-    is_remote,
-    join,
-    parent,
-)
+from cache_builder.sources.names import is_list, is_remote, moved_place, parent
 from cache_builder.sources.reading import read_row
 from cache_builder.stores import Store
 
@@ -75,7 +67,7 @@ class ImageJoin:
         return self._units[unit]
 
     def _container(self, plan: PlanUnit) -> Container:
-        location = self._moved_place(plan.container) if self._moved else plan.container
+        location = moved_place(plan.container, self._place) if self._moved else plan.container
         if location not in self._containers:
             container = open_inflated(location, plan.container_bytes)
             copies = [name for name, one in self._containers.items() if one.is_copy]
@@ -86,9 +78,3 @@ class ImageJoin:
             self._containers[location] = container
         self._containers.move_to_end(location)
         return self._containers[location]
-
-    def _moved_place(self, recorded: str) -> str:
-        """Return where a container lies that was recorded elsewhere: its name stays."""
-        names = expand_braces(self._place)
-        is_files = all(container_kind(name) for name in names)
-        return join(parent(names[0]) if is_files else self._place, base_name(recorded))

@@ -69,8 +69,11 @@ def _rows_of(file: IO[bytes], location: str) -> Iterator[Row]:
             )
         if is_remote(location):
             _refuse_local(path, where)
+        name = _key_name(path)
+        if not name:
+            raise SourceError(f"{where} names no image: a path or URL stands first in a line.")
         label = columns[0].strip() or None if columns else None
-        yield Row(escape_key(_key_name(path)), path, label)
+        yield Row(escape_key(name), path, label)
 
 
 def _key_name(path: str) -> str:

@@ -1,6 +1,7 @@
 """What a name says: is it an image, which kind of container is it, may it be believed?"""
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 from cache_builder.errors import ConfigError, SourceError
@@ -28,8 +29,9 @@ def is_remote(location: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Say whether a name is that of an image."""
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    """Say whether a name is that of an image, by what stands behind its last dot."""
+    _, dot, extension = name.rpartition(".")
+    return bool(dot) and extension.lower() in IMAGE_EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
@@ -63,7 +65,8 @@ def base_name(location: str) -> str:
 
 def parent(location: str) -> str:
     """Return the folder that a path or URL lies in."""
-    return _without_query(location).rstrip("/").rpartition("/")[0] or "/"
+    folder, slash, _ = _without_query(location).rstrip("/").rpartition("/")
+    return folder or slash or "."
 
 
 def join(folder: str, path: str) -> str:
@@ -83,6 +86,25 @@ def expand_braces(pattern: str) -> list[str]:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as exc:
         raise ConfigError(f"The pattern {pattern!r} is not a valid brace pattern: {exc}") from exc
+
+
+def moved_place(container: str, location: str) -> str:
+    """Return where a tar, say, lies if the source lies at `location`; its name stays.
+
+    Raises:
+        ConfigError: `location` is not a valid pattern.
+    """
+    name, places = base_name(container), _places(location)
+    if name in places:
+        return places[name]
+    first = next(iter(places.values()))
+    return join(parent(first) if container_kind(first) else location, name)
+
+
+@lru_cache(maxsize=4)
+def _places(pattern: str) -> dict[str, str]:
+    """Return the places that a pattern names, by their last parts."""
+    return {base_name(place): place for place in expand_braces(pattern)}
 
 
 def _has_surrogates(name: str) -> bool:

@@ -122,8 +122,9 @@ def test_keys_come_as_text_table_or_json_and_an_array_as_npy_or_by_name(tmp_path
     named = {f"{name}.jpg": torch.from_numpy(ids[i]) for i, name in enumerate(NAMES)}
     torch.save(named, tmp_path / "named.pt")
     write_keys(tmp_path / "keys.txt")
-    rows = "".join(f"{i},{name}\n" for i, name in enumerate(NAMES))
-    (tmp_path / "keys.csv").write_text(f"row,key\n{rows}")
+    rows = "".join(f"{name},{i}\n" for i, name in enumerate(NAMES))
+    # As spreadsheets write it: `key` first, behind a byte order mark.
+    (tmp_path / "keys.csv").write_text(f"key,row\n{rows}", encoding="utf-8-sig")
     (tmp_path / "keys.json").write_text(json.dumps(NAMES))
     caches = []
     for number, (tokens, keys) in enumerate(

@@ -51,10 +51,19 @@ def test_names_that_are_no_keys_are_escaped(tmp_path):
 
 
 def test_hidden_and_other_files_are_ignored_and_counted(tmp_path, caplog):
-    folder(tmp_path, "a/1.jpg", "a/.2.jpg", ".git/3.jpg", "a/notes.txt", "a/no_extension", "a/.jpg")
+    folder(
+        tmp_path,
+        "a/1.jpg",
+        "a/.2.jpg",
+        ".git/3.jpg",
+        "a/notes.txt",
+        "a/.jpg",
+        "a/no_extension",
+        "png",
+    )
     with caplog.at_level(logging.INFO):
         assert [row.key for row in rows_of(listed(tmp_path))] == ["a/1"]
-    assert "4 files are not images by their names" in caplog.text
+    assert "5 files are not images by their names" in caplog.text
 
 
 def test_links_are_followed_and_a_loop_ends(tmp_path):

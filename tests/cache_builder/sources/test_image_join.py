@@ -56,6 +56,32 @@ def test_images_in_tars_are_found_also_when_the_tars_have_moved(tmp_path, planne
         assert ImageJoin(cache, info, str(tmp_path / place)).read(1, "1") == b"1"
 
 
+def test_tars_that_have_moved_to_several_folders_are_found_by_name(tmp_path, planned):
+    (tmp_path / "tars").mkdir()
+    for i in range(2):
+        factories.write_tar(tmp_path / f"tars/{i}.tar", [(f"{i}.jpg", b"%d" % i)])
+    cache, info = planned(tmp_path / "tars")
+    for i in range(2):
+        (tmp_path / f"new{i}").mkdir()
+        (tmp_path / f"tars/{i}.tar").rename(tmp_path / f"new{i}/{i}.tar")
+    join = ImageJoin(cache, info, f"{tmp_path}/{{new0/0,new1/1}}.tar")
+    assert [join.read(i, str(i)) for i in (0, 1)] == [b"0", b"1"]
+
+
+@pytest.mark.parametrize(("name", "key"), [("t.tar", "a"), ("t.txt", "b")])
+def test_a_moved_list_or_tar_may_be_named_from_its_own_folder(
+    tmp_path, planned, monkeypatch, name, key
+):
+    (tmp_path / "old").mkdir()
+    factories.write_tar(tmp_path / "old/t.tar", [("a.jpg", b"a")])
+    (tmp_path / "old/t.txt").write_text("b.jpg\n")
+    (tmp_path / "old/b.jpg").write_bytes(b"b")
+    cache, info = planned(tmp_path / "old" / name)
+    (tmp_path / "old").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert ImageJoin(cache, info, name).read(0, key) == key.encode()
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
 def test_a_tar_closes_itself_when_it_is_no_longer_held(tmp_path, planned):
     tar = factories.write_tar(tmp_path / "t.tar", [("a.jpg", PIXEL)])

@@ -47,6 +47,8 @@ def test_a_line_that_is_none_of_a_list_is_named_by_its_number(tmp_path):
         (b"x" * 70_000, "line 1 is no path or URL"),
         (b"\n \n", "names no images"),
         (b"a.jpg\na.png\n", "same key 'a'"),
+        (b"a.jpg\n\t3\n", "line 2 names no image: a path or URL stands first"),
+        (b"./\n", "line 1 names no image"),
         (b"a.jpg\t5000000\n", "has the label 5,000,000, and classes are numbered below"),
     ):
         path.write_bytes(content)

@@ -30,6 +30,15 @@ def test_the_listing_does_not_depend_on_the_working_folder(tmp_path, monkeypatch
             assert listed(name) == absolute
 
 
+def test_a_link_is_what_its_own_name_says_where_the_name_behind_it_says_nothing(tmp_path):
+    """The hub of Hugging Face keeps files under their digests and links to them."""
+    blob = factories.write_tar(tmp_path / "0123abcd", [("a.jpg", PIXEL)])
+    (tmp_path / "t.tar").symlink_to(blob)
+    (unit,) = listed(tmp_path / "t.tar").units
+    assert unit.container == str(tmp_path / "t.tar")
+    assert [row.key for row in unit.rows] == ["a"]
+
+
 def test_a_file_url_is_a_path(tmp_path):
     folder(tmp_path, "a.jpg")
     assert listed(f"file://{tmp_path}") == listed(tmp_path)

@@ -23,7 +23,8 @@ def test_folders_in_a_zip_are_classes(tmp_path):
     path = write_zip(
         tmp_path / "t.zip",
         {"dog/2.jpg": b"2", "cat/": b"", "cat/b.PNG": b"b", "cat/x.txt": b"no",
-         "cat/.h.jpg": b"no", ".git/x.jpg": b"no", "__MACOSX/cat/b.jpg": b"no"},
+         "cat/.h.jpg": b"no", ".git/x.jpg": b"no", "__MACOSX/cat/b.jpg": b"no",
+         "cat/v1.2/png": b"no"},
     )  # fmt: skip
     listing = listed(path)
     assert [(row.key, row.source, row.label) for row in rows_of(listing)] == [
@@ -133,3 +134,18 @@ def test_a_directory_that_points_outside_the_file_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(SourceError, match="its directory is not where it says"):
         listed(path)
+
+
+def test_a_member_that_lies_beyond_any_file_is_damage_and_no_crash(tmp_path):
+    path = write_zip(tmp_path / "t.zip", {"a.jpg": b"a"})
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\1\2")
+    zip64 = struct.pack("<2HQ", 1, 8, 2**63)
+    struct.pack_into("<H", data, entry + 30, len(zip64))
+    struct.pack_into("<L", data, entry + 42, 0xFFFF_FFFF)
+    data[entry + 46 + len("a.jpg") : entry + 46 + len("a.jpg")] = zip64
+    end = data.rindex(b"PK\5\6")
+    struct.pack_into("<L", data, end + 12, end - entry)
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"cannot be read as a zip: it is cut short at member a"):
+        read_all(path)

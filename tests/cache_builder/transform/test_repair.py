@@ -1,6 +1,7 @@
 """Damaged caches that were made of caches are mended from what they were made of."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,21 @@ def test_the_plan_of_a_cache_of_several_sources_is_written_again_from_the_merged
     before = factories.contents(out)
     factories.flip_byte(out / "plan/000002.json")
     (out / "plan/000003.json").unlink()
+    report = repair(out)
+    assert (report.problems, report.refused) == ([], [])
+    assert factories.contents(out) == before
+
+
+def test_merged_caches_of_one_name_are_told_apart_by_their_folders(two_caches, tmp_path):
+    places = []
+    for cache in two_caches():
+        place = tmp_path / f"of {Path(cache).name}" / "cache"
+        place.parent.mkdir()
+        places.append(str(Path(cache).rename(place)))
+    out = tmp_path / "out"
+    merge(MergeOptions(tuple(places), str(out)))
+    before = factories.contents(out)
+    factories.flip_byte(out / "plan/000000.json")
     report = repair(out)
     assert (report.problems, report.refused) == ([], [])
     assert factories.contents(out) == before

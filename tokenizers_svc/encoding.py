@@ -86,13 +86,17 @@ def encode_batch(tokenizer: Tokenizer, views: Tensor, softs: Sequence[SoftSpec |
     try:
         return Encoded(_encode(tokenizer, views, softs), len(views))
     except _OUT_OF_MEMORY:
-        if len(views) > 1:
-            return _in_halves(tokenizer, views, softs)
-        logger.warning("out of memory with a single picture", exc_info=True)
+        is_too_large = len(views) > 1
+        if not is_too_large:
+            logger.warning("out of memory with a single picture", exc_info=True)
     except Exception:
+        is_too_large = False
         logger.warning(
             "a batch of %d failed; its pictures are tried one by one", len(views), exc_info=True
         )
+    # Not within `except`, where the traceback still holds what the failed run had allocated.
+    if is_too_large:
+        return _in_halves(tokenizer, views, softs)
     outcomes = [
         _encode_alone(tokenizer, view, soft)
         for view, soft in zip(views.split(1), softs, strict=True)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from tests.tokenizers_svc.support import WatchedTokenizer, make_tokenizer, make_views
 from tests.tokenizers_svc.test_batcher import MAX_BATCH, Started, fill
 from tokenizers_svc.batch_reports import BatchReport
+from tokenizers_svc.encoding import encode_batch
 from tokenizers_svc.pace import Pace
 from tokenizers_svc.pending import Crew, Item, Lane, Pending
 from tokenizers_svc.workers import DeadlinePassedError, WorkerStoppedError
@@ -214,6 +216,27 @@ def test_where_memory_is_short_batches_are_halved_from_there_on(caplog):
 
     asyncio.run(scenario())
     assert "going on with 2 at a time" in caplog.text
+
+
+def test_what_a_run_without_memory_had_allocated_is_free_before_its_halves_run():
+    class Hungry(WatchedTokenizer):
+        def __init__(self):
+            super().__init__()
+            self.allocated, self.num_held = [], []
+
+        def encode(self, pixels):
+            self.num_held.append(sum(known() is not None for known in self.allocated))
+            activations = torch.empty(len(pixels))
+            self.allocated.append(weakref.ref(activations))
+            if len(pixels) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().encode(pixels)
+
+    tokenizer = Hungry()
+    encoded = encode_batch(tokenizer, torch.stack([*make_views(5)]), [None] * 5)
+    assert [found.ids for found in encoded.outcomes] == [ids_of(view) for view in make_views(5)]
+    assert tokenizer.batch_sizes == [2, 1, 2]  # of 5 and of 3 there was no memory
+    assert tokenizer.num_held == [0] * 5
 
 
 def test_a_job_runs_in_a_lane_and_what_it_raises_is_its_callers():

@@ -92,7 +92,12 @@ def _read_npy(body: bytes) -> NDArray[np.int64]:
     shape = tuple(int(side) for side in sides.split(",") if side.strip())
     content = body[start:]
     is_integers = _INTEGERS.fullmatch(descr) is not None
-    if not is_integers or len(content) != math.prod(shape) * np.dtype(descr).itemsize:
+    # Beside a side of 0 the others may be longer than NumPy can count.
+    if (
+        not is_integers
+        or not content
+        or len(content) != math.prod(shape) * np.dtype(descr).itemsize
+    ):
         raise _invalid("The npy file has to hold integers, all of them.", "", "not whole integers")
     ids = np.frombuffer(content, descr).astype(np.int64)
     return ids.reshape(shape, order="F" if order == "True" else "C")

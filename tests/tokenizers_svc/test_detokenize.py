@@ -14,6 +14,7 @@ from tests.tokenizers_svc.support import check_problem, make_tokenizer, make_zoo
 RNG = np.random.default_rng(5)
 ONE = RNG.integers(0, 16, (4, 4))
 SEVERAL = RNG.integers(0, 16, (3, 4, 4))
+FAR = 10**18 - 1
 JSON = {"Content-Type": "application/json"}
 
 
@@ -152,8 +153,11 @@ def test_an_npy_file_of_anything_else_is_refused(zoo, array):
         b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65_535,
         b"\x93NUMPY\x09\x00" + npy(ONE)[8:],
         npy(np.array([{"a": 1}], dtype=object)),
+        npy(np.zeros((0, 4, 4), int)).replace(
+            b"(0, 4, 4), }" + b" " * 34, b"(0, %d, %d), }" % (FAR, FAR)
+        ),
     ],
-    ids=["magic", "short", "deep header", "version", "objects"],
+    ids=["magic", "short", "deep header", "version", "objects", "endless sides of nothing"],
 )
 def test_a_damaged_npy_file_is_refused(zoo, content):
     answer = zoo.post("/v1/detokenize", content=content)

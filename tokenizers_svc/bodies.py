@@ -286,7 +286,7 @@ def _picture(body: PictureBody, limits: Limits, pointer: str) -> Picture:
         data = text
     else:
         start = text.find(",") + 1 if text.startswith("data:") else 0
-        num_bytes = 3 * (len(text) - start) // 4
+        num_bytes = 3 * (len(text) - start) // 4 - text.count("=", -2)  # less the padding
         if num_bytes > limits.max_body_bytes:
             raise _file_too_large(limits, num_bytes)
         data = _from_base64(text[start:], pointer)

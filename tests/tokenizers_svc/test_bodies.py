@@ -128,6 +128,13 @@ def test_base64_that_is_too_long_is_refused_undecoded(small):
     assert problem["actual"] == 22_500
 
 
+@pytest.mark.parametrize("num_bytes", [19_998, 19_999, 20_000])
+def test_the_padding_of_base64_does_not_count_as_bytes_of_the_picture(small, num_bytes):
+    items = [{"image": {"b64": b64(bytes(num_bytes))}}]
+    (item,) = small.post("/v1/tokenize/batch", json={"items": items}).json()["items"]
+    assert item["error"]["code"] == "not-an-image"
+
+
 def test_a_view_named_twice_is_refused(client):
     answer = send(client, "json", jpeg(), [0, 0, 5, 5], params={"view": "0,0,5,5"})
     assert "twice" in check_problem(answer, 400, "bad-request")["detail"]

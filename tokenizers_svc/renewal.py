@@ -33,6 +33,8 @@ async def renew(app: FastAPI) -> None:
             logger.error("model %s stays what it was: %s", served.name, exc)  # noqa: TRY400
         except ProblemError as exc:
             logger.error("model %s stays what it was: %s", served.name, exc.detail)  # noqa: TRY400
+        except Exception:
+            logger.exception("model %s stays what it was", served.name)
 
 
 async def _renew_model(service: TokenizeService, served: Served) -> None:

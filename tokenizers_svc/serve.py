@@ -83,7 +83,7 @@ def run(
         ConfigError: No such device, a port cannot be listened at, strangers could reach a service
             without keys, or tracing is not installed.
         TokenizerMismatchError: The weights are not those of the codebook.
-        RuntimeError: The tokenizer or the HTTP server died.
+        RuntimeError: The tokenizer or the HTTP server died, or the tokenizer was stuck.
     """
     options = with_environment(options or ServiceOptions())
     app = create_app(codebook, device=device, weights=weights, limits=limits, options=options)
@@ -116,18 +116,20 @@ def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:
         thread.start()
         announce(app, host, listener.getsockname()[1])
         was_asked = _wait_for_end(app, thread, signals)
-        is_stuck = service.complaint() is not None
+        complaint = service.complaint()
         server.should_exit = True
         while thread.is_alive():
             if next_signal(signals, _POLL_S) in (signal.SIGTERM, signal.SIGINT):
                 server.force_exit = True
-    if not is_stuck:
+    if complaint is None:
         _raise_failure(service, was_asked=was_asked)
     if service.is_worker_alive:
         logger.warning("the tokenizer is still busy; the process ends without it")
         logging.shutdown()
         # The interpreter cannot end a thread that is deep in native code; trying may abort.
-        os._exit(1 if is_stuck else 0)
+        os._exit(0 if complaint is None else 1)
+    if complaint is not None and not was_asked:  # it has come back, too late
+        raise RuntimeError(complaint)
 
 
 @contextlib.contextmanager
@@ -188,7 +190,8 @@ def _wait_for_end(app: FastAPI, thread: threading.Thread, signals: Signals) -> b
             return False
         number = next_signal(signals, _POLL_S)
         if number == signal.SIGHUP:
-            asyncio.run_coroutine_threadsafe(renew(app), app.state.loop)
+            if hasattr(app.state, "loop"):  # before, all has just been read
+                asyncio.run_coroutine_threadsafe(renew(app), app.state.loop)
         elif number is not None:
             service.is_draining = True
             logger.info("%s: finishing what has begun", signal.Signals(number).name)

@@ -1,5 +1,7 @@
 """What an operator sees: metrics, probes, logs, signals; and that the page about it is true."""
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from cache_builder.cli import app as command_line
 from cache_builder.errors import ConfigError
+from cache_builder.formats.codebook import Codebook
 from tests.tokenizers_svc.support import (
     ROOT,
     WatchedTokenizer,
@@ -28,9 +31,11 @@ from tests.tokenizers_svc.support import (
 )
 from tokenizers_svc.access import AccessOptions
 from tokenizers_svc.app import create_app
+from tokenizers_svc.health import Watchdog
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.logs import JsonFormatter
 from tokenizers_svc.options import ServiceOptions
+from tokenizers_svc.renewal import renew
 from tokenizers_svc.serve import run, run_app
 
 PAGE = (ROOT / "docs" / "service-operations.md").read_text()
@@ -155,6 +160,62 @@ def test_a_tokenizer_that_hangs_ends_the_process_with_1_and_the_reason():
     assert "has ended no batch for" in "".join(lines)
 
 
+def test_a_tokenizer_that_comes_back_too_late_ends_the_service_with_the_reason():
+    class Stuck(WatchedTokenizer):
+        def encode(self, pixels):
+            if len(self.batch_sizes) == 2:  # the warm-up is over
+                self.may_run.clear()
+            return super().encode(pixels)
+
+    def ask():
+        with make_client(log.url) as client:
+            wait_ready(client)
+            post(client, jpeg())
+
+    def come_back():
+        wait_until(lambda: any("The service ends" in line for line in log.lines))
+        tokenizer.may_run.set()
+
+    tokenizer = Stuck()
+    app = create_app(tokenizer)
+    app.state.service._watchdog = Watchdog(0.3)
+    threads = [threading.Thread(target=work) for work in (ask, come_back)]
+    log = Lines(on_url=lambda: [thread.start() for thread in threads])
+    with heard(log), pytest.raises(RuntimeError, match="has ended no batch for"):
+        run_app(app, port=0)
+    for thread in threads:
+        thread.join(20)
+
+
+def test_sighup_of_a_server_that_has_not_begun_does_no_harm(codebook_path):
+    app = create_app(codebook_path, device="cpu")
+    begin = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def begin_late(app):
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        async with begin(app) as state:
+            yield state
+
+    app.router.lifespan_context = begin_late
+    run_app(app, port=0)
+
+
+def test_what_nobody_foresaw_leaves_a_model_what_it_was_and_is_logged(
+    codebook_path, monkeypatch, caplog
+):
+    def fail(path):
+        raise MemoryError
+
+    app = create_app(codebook_path, device="cpu")
+    monkeypatch.setattr(Codebook, "load", fail)
+    asyncio.run(renew(app))
+    assert "model tiny-k16 stays what it was" in caplog.text
+    assert "MemoryError" in caplog.text
+
+
 def test_sighup_takes_keys_and_codebooks_anew_and_keeps_the_old_for_what_is_wrong(tmp_path):
     keys, path = tmp_path / "keys", tmp_path / "tiny.safetensors"
     keys.write_text(KEYS[0])
@@ -193,13 +254,8 @@ def test_sighup_takes_keys_and_codebooks_anew_and_keeps_the_old_for_what_is_wron
         return new.status_code == 200 and is_two and answer(KEYS[0]).status_code == 401
 
     log = Lines(on_url=lambda: threading.Thread(target=operate).start())
-    logging.getLogger("tokenizers_svc").addHandler(log)
-    logging.getLogger("tokenizers_svc").setLevel(logging.INFO)
-    try:
+    with heard(log):
         run(options=options, port=0)
-    finally:
-        logging.getLogger("tokenizers_svc").removeHandler(log)
-        logging.getLogger("tokenizers_svc").setLevel(logging.NOTSET)
     assert problems == []
     assert not any(key in line for key in KEYS for line in log.lines)
 
@@ -217,6 +273,18 @@ class Lines(logging.Handler):
         if line.startswith("try: curl"):
             self.url = line.split()[-1].removesuffix("/v1/tokenize")
             self._on_url()
+
+
+@contextlib.contextmanager
+def heard(log):
+    """Let `log` hear what the service logs."""
+    logging.getLogger("tokenizers_svc").addHandler(log)
+    logging.getLogger("tokenizers_svc").setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.getLogger("tokenizers_svc").removeHandler(log)
+        logging.getLogger("tokenizers_svc").setLevel(logging.NOTSET)
 
 
 @pytest.mark.slow

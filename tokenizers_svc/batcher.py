@@ -180,5 +180,6 @@ class Batcher:
         try:
             return await thing.future
         except asyncio.CancelledError:
-            self._pending.discard(thing)
+            if self._pending.discard(thing) and isinstance(thing, Item):
+                self._books.note_late(1)
             raise

@@ -172,13 +172,15 @@ class Pending:
             self.views.append(thing)
             (self._gatherer if self._is_gathering else self._idle).notify()
 
-    def discard(self, thing: Item | Job) -> None:
-        """Take out what nobody wants any more, if it still waits."""
+    def discard(self, thing: Item | Job) -> bool:
+        """Take out what nobody wants any more; tell whether it still waited."""
         with self.lock:
             queues: tuple[deque[Any], ...] = (self.undecoded, self.views, self.jobs)
             for queue in queues:
                 if thing in queue:
                     queue.remove(thing)
+                    return True
+        return False
 
     def close(self) -> None:
         """Let the threads end when nothing is left."""

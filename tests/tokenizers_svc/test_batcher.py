@@ -100,7 +100,7 @@ def test_only_after_a_shared_batch_does_the_worker_wait_for_company():
     asyncio.run(scenario())
 
 
-def test_a_cancelled_picture_leaves_the_queue():
+def test_a_cancelled_picture_leaves_the_queue_and_is_counted():
     async def scenario():
         tokenizer = WatchedTokenizer()
         async with Started(tokenizer) as batcher:
@@ -110,6 +110,7 @@ def test_a_cancelled_picture_leaves_the_queue():
             tokenizer.may_run.set()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             assert [isinstance(o, asyncio.CancelledError) for o in outcomes] == [0, 0, 1, 0]
+            assert batcher.stats().num_late == 1
         assert tokenizer.batch_sizes == [1, 2]
 
     asyncio.run(scenario())

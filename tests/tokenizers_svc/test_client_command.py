@@ -184,6 +184,14 @@ def test_a_place_without_images_is_told(tokenize, tmp_path):
     assert "holds no images" in outcome.err
 
 
+def test_a_key_file_that_is_no_text_is_told_in_a_line(folder, tmp_path, patchcache):
+    key_file = tmp_path / "key"
+    key_file.write_bytes(b"\xff\xfe")
+    outcome = patchcache("tokenize", folder, "--url", "http://127.0.0.1:1", "--key-file", key_file)
+    assert outcome.status == 1
+    assert f"{key_file} is not UTF-8 text" in outcome.err
+
+
 def test_a_service_that_is_away_is_told(folder, patchcache, monkeypatch):
     monkeypatch.setattr(files, "_UNTIL_READY_S", 0.01)
     with moody.nobody() as url:

@@ -101,7 +101,7 @@ def run(options: TokenizeOptions, progress: Progress) -> Summary:
     """
     if options.out and options.out.suffix not in _FORMATS:
         raise ConfigError(f"--out ends in {', '.join(_FORMATS)}, not {options.out.name!r}.")
-    key = options.key_file.read_text().strip() if options.key_file else None
+    key = _read_key(options.key_file) if options.key_file else None
     with TokenizerClient(options.url, key=key, model=options.model) as client:
         client.wait_ready(_UNTIL_READY_S)
         places = list(_places(options.images))
@@ -116,6 +116,15 @@ def run(options: TokenizeOptions, progress: Progress) -> Summary:
     if path != options.out:
         _publish_array(options.out, path, names, is_whole=not summary.failures)
     return summary
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{path} is not UTF-8 text. Pass a file that holds the key and nothing else."
+        ) from None
 
 
 class _Line(NamedTuple):

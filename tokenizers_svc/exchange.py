@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from tokenizers_svc.observation import CLIENT_CLOSED_REQUEST
 from tokenizers_svc.problems import ProblemError
-
-_CLIENT_CLOSED_REQUEST = 499
 
 T = TypeVar("T")
 
@@ -88,7 +87,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
     """Answer a client that has gone."""
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _disconnection(request: Request) -> None:

@@ -76,7 +76,7 @@ class Upload:
             ClientDisconnect: The client hung up.
         """
         async with self.in_time():
-            chunks = [chunk async for chunk in self.chunks()]
+            chunks = [chunk async for chunk in self.chunks() if chunk]
         if not self._num_bytes:
             raise ProblemError("empty-body", HOW_TO_SEND)
         return b"".join(chunks)

@@ -13,12 +13,11 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TextIO
 
-from tokenizers_svc.observation import RequestRecord
+from tokenizers_svc.observation import QUIET_ROUTES, RequestRecord
 
 LogFormat = Literal["auto", "text", "json"]
 
 _access: Final = logging.getLogger("patchcache.access")
-_QUIET_ROUTES: Final = {"/healthz", "/readyz", "/metrics"}
 _FLUSH_S: Final = 0.05
 _encode: Final = json.JSONEncoder(default=str).encode
 _CHATTY: Final = ("ray", "httpx", "httpcore", "PIL", "asyncio", "uvicorn", "opentelemetry")
@@ -118,7 +117,7 @@ class JsonFormatter(logging.Formatter):
 
 def log_request(record: RequestRecord) -> None:
     """Write the line of one request: an observer of `Observation`."""
-    if record.route in _QUIET_ROUTES or not _access.isEnabledFor(logging.INFO):
+    if record.route in QUIET_ROUTES or not _access.isEnabledFor(logging.INFO):
         return
     # Not `info`, which walks the stack for the line that called it, at every request.
     level = {"levelno": logging.INFO, "levelname": "INFO"}

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST: Final = 499
 UNMATCHED: Final = "unmatched"
+QUIET_ROUTES: Final = frozenset({"/healthz", "/readyz", "/metrics"})  # neither logged nor traced
 StageName = Literal["read", "decode", "queue", "infer"]
 
 

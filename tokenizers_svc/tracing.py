@@ -11,13 +11,12 @@ import time
 from typing import TYPE_CHECKING
 
 from cache_builder.errors import ConfigError
-from tokenizers_svc.observation import RequestRecord
+from tokenizers_svc.observation import QUIET_ROUTES, RequestRecord
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
-_QUIET_ROUTES = {"/healthz", "/readyz", "/metrics"}
 _MOST_STAGES = 256  # four of each picture in the largest batch
 _SERVER_ERROR = 500
 
@@ -62,7 +61,7 @@ class OtlpTracer:
         from opentelemetry import trace
         from opentelemetry.trace import SpanKind, StatusCode
 
-        if record.route in _QUIET_ROUTES:
+        if record.route in QUIET_ROUTES:
             return
         clock = time.time_ns() - int(1e9 * time.perf_counter())
         span = self._tracer.start_span(

@@ -40,7 +40,7 @@ class Place:
         self._num_pictures = num_pictures
 
     def hold_bytes(self, num_bytes: int) -> None:
-        """Hold room for a body of so many bytes in all; 0 when it has been decoded.
+        """Hold room for a body of so many bytes in all.
 
         Raises:
             ProblemError: 429, there is not enough.

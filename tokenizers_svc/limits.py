@@ -28,7 +28,9 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
         64_000_000, gt=0, description="of one request with several pictures, bytes"
     )
     max_held_bytes: int = Field(
-        512_000_000, gt=0, description="of all bodies that are here and not yet decoded, bytes"
+        512_000_000,
+        gt=0,
+        description="of the bodies of all requests that are not answered yet, bytes",
     )
     max_pixels: int = Field(
         50_000_000, gt=0, le=_PILLOW_LIMIT, description="width x height of one picture"

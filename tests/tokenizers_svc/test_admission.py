@@ -50,7 +50,7 @@ def test_bodies_are_bounded_together_by_what_they_announce():
         with door.admit() as growing:
             growing.hold_bytes(400)
             refusal(lambda: growing.hold_bytes(401))
-            first.hold_bytes(0)  # decoded
+            first.hold_bytes(0)
             growing.hold_bytes(401)
     assert door.num_bytes == 0
 

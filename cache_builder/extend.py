@@ -126,15 +126,23 @@ def _tokenizers(
         found[fingerprint] = _Tokenizer(codebook, spec, spec.view_spec.num_views)
     for path in options.codebooks:
         codebook = Codebook.load(path)
-        if codebook.fingerprint not in found:
-            layer_of_it = layer_spec(
-                manifest.spec,
-                codebook,
-                soft_top_k=options.soft_top_k,
-                soft_temperature=options.soft_temperature,
-                store_features=options.store_features,
+        asked = layer_spec(
+            manifest.spec,
+            codebook,
+            soft_top_k=options.soft_top_k,
+            soft_temperature=options.soft_temperature,
+            store_features=options.store_features,
+        ).spec
+        known = found.setdefault(codebook.fingerprint, _Tokenizer(codebook, asked, 0))
+        if (asked.soft or known.spec.soft, asked.features or known.spec.features) != (
+            known.spec.soft,
+            known.spec.features,
+        ):
+            raise ConfigError(
+                f"{options.cache} has targets of {path} already, with other payloads than are "
+                "asked for. Leave out --soft-top-k, --soft-temperature and --store-features, or "
+                "build a cache with them."
             )
-            found[codebook.fingerprint] = _Tokenizer(codebook, layer_of_it.spec, 0)
     return found
 
 

@@ -222,6 +222,20 @@ def test_payloads_without_a_tokenizer_to_add_are_refused(make, option, settings)
     assert factories.contents(cache) == before
 
 
+def test_payloads_cannot_be_added_to_a_tokenizer_that_is_there(make, tmp_path):
+    codebook = tmp_path / "features.safetensors"
+    factories.feature_codebook(layer="4", num_centroids=4).save(codebook)
+    cache = make(codebook=codebook, soft_top_k=3)
+    before = factories.contents(cache)
+    for payloads in ({"soft_top_k": 2}, {"store_features": "int8"}):
+        with pytest.raises(ConfigError, match=r"features\.safetensors already, with other payloa"):
+            grow(cache, codebooks=(codebook,), num_views=3, **payloads)
+    assert factories.contents(cache) == before
+    for payloads in ({}, {"soft_top_k": 3}):
+        grow(cache, codebooks=(codebook,), num_views=3, **payloads)
+    assert samples_of(cache)[0].soft_ids.shape[0] == 3
+
+
 def test_the_command_extends_and_refuses_what_is_settled(make, patchcache, grey_path):
     cache = make()
     done = patchcache(

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from cache_builder.cache_check import CacheCheck
 from cache_builder.errors import ArtifactError, SourceError
 from cache_builder.formats import TokenCache
 from cache_builder.formats.manifest import (
@@ -14,8 +15,10 @@ from cache_builder.formats.manifest import (
 )
 from cache_builder.formats.sample import NewSample
 from cache_builder.formats.shards import ShardWriter
+from cache_builder.ray_cluster import ClusterOptions
 from cache_builder.retokenize import Retokenized
 from cache_builder.stores import open_store
+from cache_builder.unit_checks import PartFinding
 from cache_builder.verify import run as verify
 from tests import factories
 
@@ -247,6 +250,14 @@ def test_a_lost_sample_and_a_doubled_one_are_found(make):
     found = problems(cache)
     assert "unit 1: keys do not match the plan, first ['a/000', 'a/004', 'b/001']" in found
     assert "unit 1: keys seen before, first a/000" in found
+
+
+def test_a_key_seen_before_where_the_commit_record_is_lost_stops_no_check(make):
+    check = CacheCheck(make())
+    check.check_units(range(3), ClusterOptions(num_workers=0))
+    of_a_layer = {"keys": check.findings[0].keys, "parts": {"": PartFinding(None, 1)}}
+    check.findings[1] = check.findings[1]._replace(**of_a_layer)
+    assert not any("seen before" in damage.detail for damage in check.conclude().damages)
 
 
 def test_a_sample_without_its_image_is_found(make):

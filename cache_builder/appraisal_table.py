@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from cache_builder.appraisal import Appraisal, StageUse
 from cache_builder.label_quality import Compared, LabelQuality
-from cache_builder.measures import Measure
+from cache_builder.measures import Measure, decibel_text
 
 _TOKENS_PER_CENTROID = 50  # below it, usage says more of the sample than of the codebook
 
@@ -92,11 +92,11 @@ def _error_measures(appraisal: Appraisal) -> Iterator[Measure]:
         )  # fmt: skip
     if appraisal.psnr_db is not None and appraisal.mean_image_psnr_db is not None:
         yield Measure(
-            "PSNR", _decibel(appraisal.psnr_db), "",
+            "PSNR", decibel_text(appraisal.psnr_db), "",
             "Of the reconstruction, over all pixels together; higher is better.",
         )  # fmt: skip
         yield Measure(
-            "PSNR, mean of images", _decibel(appraisal.mean_image_psnr_db), "",
+            "PSNR, mean of images", decibel_text(appraisal.mean_image_psnr_db), "",
             "The mean of every image's own PSNR: smooth images count for more.",
         )  # fmt: skip
 
@@ -252,7 +252,3 @@ def _both(compared: Compared) -> dict[str, JsonValue]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _decibel(value: float) -> str:
-    return f"{value:.2f} dB" if math.isfinite(value) else "no error"

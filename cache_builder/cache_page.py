@@ -31,6 +31,7 @@ from cache_builder.formats.codebook import Codebook
 from cache_builder.formats.sample import CachedSample
 from cache_builder.formats.views import View
 from cache_builder.imaging import apply_view, decode
+from cache_builder.measures import decibel_text
 from cache_builder.quality import psnr
 from cache_builder.sources import ImageJoin
 from cache_builder.tokenizers import PatchTokenizer
@@ -194,7 +195,9 @@ def _figure(
         if sample.label is None
         else f"{html.escape(class_name(spec.class_names, sample.label))}, "
     )
-    quality = f", reconstruction {psnr(float(np.mean(errors))):.1f} dB" if errors else ""
+    quality = ""
+    if errors:
+        quality = f", reconstruction: {decibel_text(psnr(float(np.mean(errors))), 1)}"
     label_text = f"{sample.key} with its views as boxes"
     drawn = pictures.boxes(sample.views, size, thumbnail, label_text, first_view)
     return (

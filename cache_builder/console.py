@@ -8,7 +8,7 @@ from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder.measures import size_text
+from cache_builder.measures import decibel_text, size_text
 from cache_builder.stores import join_location
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def fit_lines(summary: "FitSummary", images: str, out: Path) -> list[str]:
     ]
     for number, stage in enumerate(summary.held_out, 1):
         last = number == len(summary.held_out)
-        psnr = f", PSNR {summary.held_out_psnr:.2f} dB" if last and summary.held_out_psnr else ""
+        psnr = ""
+        if last and summary.held_out_psnr is not None:
+            psnr = f", PSNR {decibel_text(summary.held_out_psnr)}"
         stages = (
             f"{number} of {len(summary.held_out)} stages: " if len(summary.held_out) > 1 else ""
         )

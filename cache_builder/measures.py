@@ -1,5 +1,6 @@
 """What tables of measures are made of, on a terminal or on a page."""
 
+import math
 from typing import NamedTuple
 
 
@@ -19,6 +20,11 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.1f} TB"
+
+
+def decibel_text(value: float, digits: int = 2) -> str:
+    """Return a PSNR as a person reads it; it is infinite where there is no error."""
+    return f"{value:.{digits}f} dB" if math.isfinite(value) else "no error"
 
 
 def duration_text(seconds: float) -> str:

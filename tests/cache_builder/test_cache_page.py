@@ -182,6 +182,12 @@ def test_an_image_that_is_damaged_in_its_cache_is_not_looked_for_elsewhere(
     assert "<code>--images</code>" not in text
 
 
+def test_a_reconstruction_without_error_says_so(tmp_path, codebook_path):
+    path = build(tmp_path, codebook_path, images=factories.patch_images(1), num_views=1)
+    _, _, text = write(path)
+    assert "reconstruction: no error" in text
+
+
 def test_a_log_of_runs_without_images_is_not_called_missing(tmp_path, codebook_path):
     path = build(tmp_path, codebook_path)
     log = build_log.log_location(str(path))

@@ -177,6 +177,12 @@ def test_what_a_fit_says_of_its_sample_holds_where_images_were_left_out(tmp_path
     assert factories.contents(store) == factories.contents(tmp_path / "before")
 
 
+def test_a_fit_without_error_says_so(tmp_path, images):
+    summary = fit.run(options(images, tmp_path / "c.safetensors", restarts=4))
+    lines = fit_lines(summary, str(images), tmp_path / "c.safetensors")
+    assert "MSE 0, PSNR no error, cosine 1" in "\n".join(lines)
+
+
 def test_images_per_class_are_a_sample_without_a_size(tmp_path):
     source = photos(tmp_path)
     settings = {"images_per_class": 5, "sample_dir": tmp_path / "sample"}

@@ -123,8 +123,8 @@ class BeyondMasking(nn.Module):
             patch_size = size // num_cells
             if config.degradation == "zoomed_in" and self.image_size == size:
                 raise ConfigError(
-                    f"With objective.zoom {config.zoom or ZOOM_IN:.4g}, no pixel around the {size} x {size} "
-                    "that are shown is left to predict. Raise objective.zoom."
+                    f"With objective.zoom {config.zoom or ZOOM_IN:.4g}, no pixel around the {size} "
+                    f"x {size} that are shown is left to predict. Raise objective.zoom."
                 )
             if patch_size < 2:
                 raise ConfigError(

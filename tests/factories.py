@@ -244,6 +244,12 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def open_files(root: Path) -> list[str]:
+    """Return the files below `root` that this process has open, by Linux's /proc."""
+    links = (link.resolve() for link in Path("/proc/self/fd").iterdir())
+    return sorted(str(path) for path in links if path.is_relative_to(root.resolve()))
+
+
 def flip_byte(path: Path, position: int = -1) -> None:
     """Damage one byte; by default the middle one."""
     data = bytearray(path.read_bytes())

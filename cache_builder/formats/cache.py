@@ -1,5 +1,6 @@
 """The one reader of finished caches, whichever layout they have."""
 
+import contextlib
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
@@ -274,13 +275,17 @@ class TokenCache:
             )
 
     def _open_shard(self, index: int) -> Shard:
-        opened = [_open_unit_of(part, index) for part in self._parts]
-        images = None
-        if self._images is not None:
-            images = _open_unit_of(Part(self.store, self._images), index)
-        if images is None and len(opened) == 1:
+        images = [] if self._images is None else [Part(self.store, self._images)]
+        opened: list[Shard] = []
+        with contextlib.ExitStack() as if_one_fails:
+            for part in (*self._parts, *images):
+                opened.append(_open_unit_of(part, index))
+                if_one_fails.callback(opened[-1].close)
+            if_one_fails.pop_all()
+        if len(opened) == 1:
             return opened[0]
-        return LayeredShard(self.location, opened, images)
+        image_shard = opened.pop() if images else None
+        return LayeredShard(self.location, opened, image_shard)
 
 
 def _open_unit_of(part: Part, unit: int) -> Shard:

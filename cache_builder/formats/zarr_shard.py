@@ -75,9 +75,9 @@ class ZarrShard:
             self._group, self._rows = group, rows
             self._extra: list[str] = group["extra"][rows].tolist() if spec.has_extra else []
             # A unit whose images were all skipped has no image file.
-            if num_samples and spec.images_in_cache != "none":
+            has_images = num_samples > 0 and spec.images_in_cache != "none"
+            if has_images:
                 self._spans: list[tuple[int, int]] = group["image_spans"][rows].tolist()
-                self._images = store.open(self._name)
             self._payloads = {}
             if spec.payload_arrays:
                 large = open_group(store)
@@ -85,9 +85,12 @@ class ZarrShard:
                     name: (array.payload, _Chunks(large[name], start, num_samples))
                     for name, array in spec.payload_arrays.items()
                 }
+            self._check_rows(num_samples, has_images=has_images)
+            # Last, because nobody closes it where something else is wrong.
+            if has_images:
+                self._images = store.open(self._name)
         except _UNREADABLE as exc:
             raise self._damaged(exc) from exc
-        self._check_rows(num_samples)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -170,11 +173,11 @@ class ZarrShard:
         where = self._store.where(self._name)
         return read_sample(self._images, start, stop, self._keys[row], where, self._store.location)
 
-    def _check_rows(self, num_samples: int) -> None:
+    def _check_rows(self, num_samples: int, *, has_images: bool) -> None:
         """Refuse arrays that are shorter than the unit."""
         arrays: list[Sized] = [self._tokens, self._views, self._labels, self._keys]
         arrays += [self._extra] if self._extra else []
-        arrays += [self._spans] if self._images is not None else []
+        arrays += [self._spans] if has_images else []
         lengths = {len(array) for array in arrays}
         if lengths != {num_samples}:
             raise self._damaged(ValueError(f"arrays of {lengths} rows, expected {num_samples}"))

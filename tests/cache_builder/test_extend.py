@@ -1,5 +1,7 @@
 """What is added to a cache later is what it would have had from the beginning."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -107,6 +109,23 @@ def test_two_tokenizers_in_one_pass_give_the_bytes_of_an_extension(make, grey_pa
     # The plan alone tells that both were asked for at once.
     assert together.keys() == apart.keys()
     assert {name for name in apart if apart[name] != together[name]} == {"plan.json"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("layout", "damaged"), [("webdataset", "shards/000000.tar"), ("zarr", "tokens.zarr/zarr.json")]
+)
+def test_a_unit_whose_layer_is_damaged_leaves_no_file_open(make, layout, damaged):
+    cache = make(layout=layout)
+    summary = grow(cache, num_views=3)
+    with TokenCache.open(cache) as opened:
+        assert opened[0].image
+        assert factories.open_files(cache)
+    (cache / summary.manifest.layers[0].name / damaged).unlink()
+    opened = TokenCache.open(cache)
+    with pytest.raises(ArtifactError, match="verify"):
+        opened.shard(0)
+    assert not factories.open_files(cache)
 
 
 def test_more_views_reach_every_tokenizer(make, grey_path):

@@ -1,5 +1,8 @@
 """The Zarr layout holds the same samples, one Zarr shard per unit, and plain zarr reads it."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import zarr
@@ -157,3 +160,14 @@ def test_a_cut_image_file_is_refused(make):
     path.write_bytes(path.read_bytes()[:-1])
     with TokenCache.open(out) as cache, pytest.raises(ArtifactError, match="ends before sample"):
         cache[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
+def test_a_unit_that_lacks_an_array_of_a_payload_leaves_no_image_file_open(make, codebook_path):
+    factories.write_codebook(codebook_path, objective=(1e6,))
+    out = make("zarr", soft_top_k=2)
+    shutil.rmtree(out / "tokens.zarr" / "soft_ids")
+    opened = TokenCache.open(out)
+    with pytest.raises(ArtifactError, match=r"unit 0 cannot be read .*soft_ids.* verify"):
+        opened.shard(0)
+    assert not factories.open_files(out)

@@ -221,4 +221,9 @@ def choose_device(name: str | torch.device) -> torch.device:
         raise ConfigError(f"Unknown device {name!r}. Use auto, cpu, cuda or cuda:N.") from exc
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"Device {name} was asked for, but torch sees no GPU. Use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"Device {name} was asked for, and the last GPU that torch sees is cuda:{count - 1}. "
+            "Use that or a lower number."
+        )
     return device

@@ -180,3 +180,11 @@ def test_a_device_that_is_not_there_is_refused():
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"torch sees no GPU. Use --device cpu"):
         choose_device("cuda:0")
+
+
+def test_a_gpu_beyond_the_last_one_is_refused_with_the_number_of_that(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match=r"Device cuda:2 .* the last GPU .* is cuda:1\."):
+        choose_device("cuda:2")

@@ -77,7 +77,7 @@ class Watchdog:
         """
         self._patience_s = patience_s
         self._clock = clock
-        self._progress: dict[str, tuple[int, float]] = {}
+        self._progress: dict[str, tuple[int, float]] = {}  # of models that had work: batches, when
 
     def complaint(self, models: Iterable[ModelState]) -> str | None:
         """Return what is wrong with a model, None when nothing is. Ask every few seconds."""
@@ -85,7 +85,9 @@ class Watchdog:
         for state in models:
             num_batches, since = self._progress.get(state.model, (-1, now))
             has_work = state.num_waiting + state.num_running > 0
-            if not has_work or not state.is_ready or num_batches != state.num_batches:
+            if not has_work or not state.is_ready:
+                self._progress.pop(state.model, None)  # its time begins when there is work
+            elif num_batches != state.num_batches:
                 self._progress[state.model] = (state.num_batches, now)
             elif now - since > self._patience_s:
                 return (

@@ -22,6 +22,17 @@ def test_the_watchdog_notices_a_model_that_has_work_and_gets_nothing_done():
         assert watchdog.complaint([state]) == complaint, moment
 
 
+def test_a_watchdog_that_is_seldom_asked_does_not_complain_of_work_that_has_just_come():
+    now = [0.0]
+    watchdog = Watchdog(30, lambda: now[0])
+    idle, busy = MODEL._replace(num_waiting=0, num_running=0), MODEL._replace(num_running=1)
+    for moment, state in [(0, busy), (20, idle), (60, busy), (90, busy)]:
+        now[0] = moment
+        assert watchdog.complaint([state]) is None, moment
+    now[0] = 91
+    assert "for 31 s" in watchdog.complaint([busy])
+
+
 def test_the_watchdog_lets_a_model_take_its_time_to_load():
     now = [0.0]
     watchdog = Watchdog(30, lambda: now[0])

@@ -388,5 +388,6 @@ def bounded_config(app: Any, limits: Limits, **options: Any) -> Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody here asks who the client is, or by which scheme it came
         **options,
     )

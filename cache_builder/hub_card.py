@@ -41,16 +41,19 @@ def codebook_card(codebook: Codebook, place: str, options: str) -> str:
     """Return the card of a codebook; `options` are what `pull` takes besides the place."""
     rule = codebook.pixel_rule
     stages = f"{codebook.num_stages} stages of " if codebook.num_stages > 1 else ""
-    facts = {
-        "centroids": f"{stages}{codebook.vocab_size:,} of {codebook.dim:,} values, "
-        f"{codebook.centroids.dtype}",
-        "metric": codebook.metric,
-        "features": codebook.extractor.id,
-        "views": f"{rule.size} pixels, patches of {rule.patch_size}",
-        "fitted to": f"{codebook.header.num_points:,} patches of {codebook.header.num_images:,} "
-        "images",
-        "fingerprint of the tokenizer": f"`{codebook.fingerprint}`",
-    }
+    facts = {"token ids": f"{stages}{codebook.vocab_size:,}, without centroids"}
+    if codebook.has_centroids:
+        facts = {
+            "centroids": f"{stages}{codebook.vocab_size:,} of {codebook.dim:,} values, "
+            f"{codebook.centroids.dtype}",
+            "metric": codebook.metric,
+        }
+    facts["features"] = codebook.extractor.id
+    facts["views"] = f"{rule.size} pixels, patches of {rule.patch_size}"
+    if codebook.is_fitted:
+        header = codebook.header
+        facts["fitted to"] = f"{header.num_points:,} patches of {header.num_images:,} images"
+    facts["fingerprint of the tokenizer"] = f"`{codebook.fingerprint}`"
     name = place.rpartition("/")[2]
     return _card(f"Codebook {place}", facts, f"{place}{options}", name)
 

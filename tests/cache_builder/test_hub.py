@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache_builder import hub_pull, hub_push, verify
 from cache_builder.errors import ArtifactError, ConfigError, StorageError
 from cache_builder.formats import Codebook, TokenCache
+from cache_builder.formats.codebook_header import ExtractorSpec, PixelRule
 from cache_builder.hub import HubFolder
+from cache_builder.hub_card import codebook_card
 from cache_builder.ray_cluster import ClusterOptions
 from tests import factories
 from tests.hub_server import TOKEN, Fault, Hub
@@ -210,6 +213,20 @@ def test_what_fetches_from_a_model_repository_says_so(tmp_path, server, cache):
         card = server.files(place)["README.md"].decode()
         assert f"patchcache pull {place}{name} --repo-type model --out {out}\n" in card
     assert at(server, revision="v1").options == " --revision v1"
+
+
+def test_the_card_of_a_tokenizer_that_was_not_fitted_tells_of_no_fit():
+    rule = PixelRule(size=16, patch_size=4)
+    foreign = Codebook(
+        np.empty((1, 50, 0), np.float32), np.zeros((1, 50), np.int64), metric="l2",
+        pixel_rule=rule, extractor=ExtractorSpec(id="foreign:dalle"),
+    )  # fmt: skip
+    card = codebook_card(foreign, f"{PLACE}/c.safetensors", "")
+    assert "| token ids | 50, without centroids |" in card
+    assert "fitted to" not in card
+    fitted = codebook_card(factories.colour_codebook(), f"{PLACE}/c.safetensors", "")
+    assert "| centroids | 6 of " in fitted
+    assert "| fitted to | " in fitted
 
 
 def test_a_codebook_comes_back_and_a_broken_one_replaces_nothing(tmp_path, server):

@@ -65,6 +65,15 @@ def verify(
     from cache_builder.progress import Steps
     from cache_builder.ray_cluster import ClusterOptions
 
+    if tokenizer is not None and not retokenize:
+        raise ConfigError(
+            f"--tokenizer {tokenizer} says which one tokenises again, and no image is to be. Add "
+            "--retokenize, or leave it out."
+        )
+    if codebook is not None and not repair:
+        raise ConfigError(
+            f"--codebook {codebook} is a copy to repair with. Add --repair, or leave it out."
+        )
     with Steps("verifying", "units") as progress:
         report = job.run(
             cache,

@@ -87,6 +87,14 @@ def test_wrong_usage_exits_with_2(patchcache, words):
             "inspect some.tar --tokenizer 0",
             "patchcache inspect: --tokenizer chooses one of a cache's, and some.tar is no cache.",
         ),
+        (
+            "verify cache --tokenizer 0",
+            "patchcache verify: --tokenizer 0 says which one tokenises again, and no image is to",
+        ),
+        (
+            "verify cache --codebook codebook.safetensors",
+            "patchcache verify: --codebook codebook.safetensors is a copy to repair with. Add --re",
+        ),
         ("verify .", "patchcache verify: . is not a cache: it has neither manifest.json nor"),
         (
             "build --images x --codebook nowhere --out cache",

@@ -42,7 +42,7 @@ class SampleGenerator:
         self._num_drawn = 0
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Return float32 (B, *shape), uniform in [low, high)."""
+        """Return float32 (B, *shape), uniform in [low, high), but for what rounds to `high`."""
         bits = self._bits(torch.Size(shape).numel()).reshape(self.count, *shape)
         units = _shift_right(bits, 64 - _FLOAT_BITS).float() / 2**_FLOAT_BITS
         return low + (high - low) * units

@@ -114,7 +114,7 @@ def probe(
         ConfigError: The samples have no labels, are of one class, or are too few.
     """
     if max_samples < 1 or k < 1:
-        raise ConfigError("max_samples and k must be at least 1.")
+        raise ConfigError(f"max_samples {max_samples} and k {k} must both be at least 1.")
     backbone = load_backbone(model).without_classifier()
     target = pick_device(device)
     trained = backbone.build()

@@ -53,10 +53,21 @@ class _Exported(BaseModel, extra="allow"):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        size = self.arguments.get("img_size")
+        size = self.image_size
         if not isinstance(size, int) or not 0 < size <= _MAX_SIZE:
             raise ValueError(f"img_size is {size!r}, not a number of pixels")
         return self
+
+    @property
+    def image_size(self) -> Any:
+        """Side of the input, pixels; models of timm's own size are exported without saying it."""
+        if "img_size" in self.arguments or not timm.is_model(self.model):
+            return self.arguments.get("img_size")
+        try:
+            config = timm.get_pretrained_cfg(self.model)
+        except RuntimeError:  # timm knows the model, and not which weights of it are meant
+            return None
+        return None if config is None else config.input_size[-1]
 
 
 class Backbone(NamedTuple):
@@ -199,7 +210,7 @@ def _of_export(path: Path) -> Backbone:
         name=exported.model,
         arguments=exported.arguments,
         state=state,
-        image_size=exported.arguments["img_size"],
+        image_size=exported.image_size,
         mean=exported.mean,
         std=exported.std,
         init=exported.init,

@@ -95,6 +95,8 @@ def test_a_member_that_inflates_is_refused_unread(trained, tmp_path):
         ({"arguments": []}, "arguments: "),
         ({"mean": [0]}, "mean"),
         ({"model": None}, "model: "),
+        ({"model": "nonsense", "arguments": {}}, "img_size is None"),
+        ({"model": "test_vit.of_nobody", "arguments": {}}, "img_size is None"),
     ],
 )
 def test_an_exported_file_says_what_is_wrong_with_what_it_says(exported, changes, problem):

@@ -7,7 +7,7 @@ import pytest
 import safetensors
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cache_builder.errors import ConfigError
 from tests import factories
@@ -49,6 +49,17 @@ def test_an_export_says_what_it_is_and_has_the_same_bytes_twice(trained, tmp_pat
         metadata = json.loads(file.metadata()["patchcache"])
     assert metadata["fingerprint"] == checkpoints.load(trained).header.cache.fingerprint
     assert metadata["step"] == 12
+
+
+def test_a_model_of_timm_is_exported_to_a_file_that_we_load_again(tmp_path):
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "vit.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    export(f"timm:test_vit@{weights}", out)
+    first, again = load_backbone(f"timm:test_vit@{weights}"), load_backbone(out)
+    assert again.image_size == first.image_size == 160
+    assert (again.mean, again.std) == (first.mean, first.std)
+    built = again.build().state_dict()
+    assert all(torch.equal(built[name], tensor) for name, tensor in first.state.items())
 
 
 def test_a_folder_for_the_hub_loads_into_timm_bit_for_bit(trained, tmp_path):

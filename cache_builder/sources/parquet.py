@@ -131,7 +131,6 @@ def _scan_file(path: str, columns: _Columns, unit_size: int) -> Iterator[Part]:
                 "Pass the files of one data set."
             )
         stem = base_name(path).rpartition(".")[0]
-        groups: list[int] = []
         sizes = [
             file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)
         ]
@@ -179,7 +178,9 @@ def _rows(
                 image = fields.pop(columns.image, None) or {}
                 label = fields.pop(columns.label, None) if columns.label else None
                 name = image.get("path")
-                source = f"{number}:{printable(name)}" if name else str(number)
+                source = str(number)
+                if isinstance(name, str) and name:
+                    source += f":{printable(name)}"
                 extra = clean_json(fields)
                 extra = {name: value for name, value in extra.items() if value is not None}
                 yield Row(escape_key(f"{stem}/{number:09d}"), source, label, extra or None)
@@ -205,9 +206,14 @@ def _columns(file: Any, location: str) -> _Columns:
     image = candidates[0]
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
     label = next((name for name in ("label", *classes) if name in schema.names), None)
+    for name in (image, label):
+        if schema.names.count(name) > 1:
+            raise SourceError(f"{location} has two columns named {name!r}. Rename one of them.")
     if label and not _is_label(types, schema.field(label).type):
         label = None
-    given = features.get(label, {}).get("names") if label else None
+    given = None
+    if label and types.is_integer(schema.field(label).type):  # a column of text has its own names
+        given = features.get(label, {}).get("names")
     extra = tuple(
         field.name
         for field in schema
@@ -227,7 +233,7 @@ def _hugging_face_features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, 
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # other programs write Parquet too
 
 

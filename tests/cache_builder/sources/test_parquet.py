@@ -79,6 +79,31 @@ def test_binary_columns_and_names_as_labels_are_read(tmp_path):
     assert list(read_all(path).values()) == [b"1", b"2"]
 
 
+def test_labels_that_are_names_count_as_such_whatever_the_footer_says(tmp_path):
+    path = write_dataset(tmp_path / "a.parquet", 2)
+    table = parquet.read_table(path)
+    texts = table.set_column(1, "label", pa.array(["owl", "ant"]))
+    parquet.write_table(texts, path)
+    listing = listed(path)
+    assert [row.label for row in rows_of(listing)] == [1, 0]
+    assert listing.class_names == ("ant", "owl")
+
+
+def test_a_file_with_two_columns_of_labels_is_refused(tmp_path):
+    columns = [pa.array([b"1"]), pa.array([0]), pa.array([1])]
+    parquet.write_table(pa.table(columns, ["image", "label", "label"]), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"two columns named 'label'. Rename one"):
+        listed(tmp_path / "a.parquet")
+
+
+def test_a_footer_or_path_that_is_no_text_of_hugging_face_is_not_believed(tmp_path):
+    table = pa.table({"image": [{"bytes": b"1", "path": 7}], "label": [1]})
+    table = table.replace_schema_metadata({"huggingface": "[" * 100_000})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = rows_of(listed(tmp_path / "a.parquet"))
+    assert (row.source, row.label) == ("0", 1)
+
+
 def test_a_file_without_labels_or_columns_is_read(tmp_path):
     path = tmp_path / "t.parquet"
     parquet.write_table(pa.table({"picture": [b"1", b"2"]}), path)

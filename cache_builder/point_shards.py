@@ -272,7 +272,11 @@ class RemoteShard:
 
 
 def pieces(points: PointSet, num_shards: int) -> list[tuple[int, list[Any]]]:
-    """Return for every shard its number of points and its arrays, in pieces fit to be sent."""
+    """Return for every shard its number of points and its arrays, in pieces fit to be sent.
+
+    No shard is empty: of fewer points than shards, each has a shard of its own.
+    """
+    num_shards = max(1, min(num_shards, len(points)))
     bounds = [len(points) * shard // num_shards for shard in range(num_shards + 1)]
     step = max(1, _BYTES_PER_MESSAGE // (points.dim * 4))
     return [

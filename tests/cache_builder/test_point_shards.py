@@ -44,6 +44,12 @@ def test_a_pixel_codebook_does_not_depend_on_the_shards(patches, num_shards, bat
     assert parts.objective == whole.objective
 
 
+def test_more_workers_than_points_are_a_worker_for_each_point():
+    points = torch.tensor([[0], [100], [200]], dtype=torch.uint8)
+    fit = fit_centroids(spread(PointSet.of(points), 5), 2)
+    assert fit.counts.sum() == 3
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_a_feature_codebook_depends_on_the_shards_by_rounding_alone(patches, metric):
     points = patches.float() / 255

@@ -140,9 +140,9 @@ def read_location(location: str | Path) -> bytes:
         FileNotFoundError: There is none.
         StorageError: The object store does not answer or refuses.
     """
-    text = str(location)
+    text = str(location).removeprefix("file://")
     if "://" not in text:
-        return Path(location).read_bytes()
+        return Path(text).read_bytes()
     root, _, name = text.rpartition("/")
     return open_store(root).read(name)
 

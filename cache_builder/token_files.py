@@ -103,9 +103,7 @@ def read_keys(path: Path) -> list[str]:
     names = [_without_extension(key) for key in keys]
     if not names:
         raise ConfigError(f"--keys {path} is empty. It names the image of every row.")
-    twice, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise ConfigError(f"--keys {path} names {twice!r} twice. Every row has one image.")
+    _refuse_twice(names, f"--keys {path}")
     return names
 
 
@@ -206,7 +204,8 @@ class _Named:
 
     is_named: bool = True
 
-    def __init__(self, tensors: dict[str, Any]) -> None:
+    def __init__(self, tensors: dict[str, Any], location: Path) -> None:
+        _refuse_twice([_without_extension(name) for name in tensors], str(location))
         self._tensors = {_without_extension(name): tensor for name, tensor in tensors.items()}
         self.num_rows: int | None = len(tensors)
 
@@ -229,7 +228,8 @@ def _open_torch(location: Path) -> TokenRows:
         if isinstance(content, torch.Tensor):
             return _Array(content.numpy(), location)
         if content and isinstance(content, dict) and all(isinstance(name, str) for name in content):
-            return _Named({name: tensor.numpy() for name, tensor in content.items()})
+            named = {name: tensor.numpy() for name, tensor in content.items()}
+            return _Named(named, location)
     except pickle.UnpicklingError as exc:
         raise ConfigError(
             f"{location} holds more than tensors, and nothing else is loaded: it could run code. "
@@ -246,6 +246,12 @@ def _open_torch(location: Path) -> TokenRows:
 
 def _without_extension(name: str) -> str:
     return name.rpartition(".")[0] if is_image(name) else name
+
+
+def _refuse_twice(names: list[str], where: str) -> None:
+    twice, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"{where} names {twice!r} twice. Every row has one image.")
 
 
 def _text_keys(file: Any) -> list[str]:

@@ -62,6 +62,8 @@ def open_source(location: str) -> Source:
         ConfigError: The place is of a kind that cannot be read.
     """
     location = location.removeprefix("file://")
+    if not location:
+        raise ConfigError("The place of the images is empty. Name a folder, `.` for this one.")
     if is_remote(location):
         names = expand_braces(location)
         if any(container_kind(name) or is_list(name) for name in names):

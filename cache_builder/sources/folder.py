@@ -62,7 +62,8 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse_folder):
         status = os.stat(folder)  # noqa: PTH116  a Path per folder and file would cost the most
-        if (status.st_dev, status.st_ino) in seen:  # a link back up the tree
+        if (status.st_dev, status.st_ino) in seen:
+            logger.warning("%s leads to a folder that is listed already; it is left out", folder)
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

@@ -200,6 +200,15 @@ def test_damaged_tensor_files_are_refused(tmp_path, images, content):
         importing.run(options(tmp_path, images, "ids.pth"))
 
 
+def test_two_tensors_of_one_image_are_refused(tmp_path, images):
+    named = {
+        f"a/000.{extension}": torch.zeros(16, dtype=torch.int64) for extension in ("jpg", "png")
+    }
+    torch.save(named, tmp_path / "ids.pt")
+    with pytest.raises(ConfigError, match=r"ids\.pt names 'a/000' twice"):
+        importing.run(options(tmp_path, images, "ids.pt"))
+
+
 def test_keys_and_rows_that_do_not_fit_are_refused(tmp_path, images):
     np.save(tmp_path / "ids.npy", drawn_ids(12, 16))
     saved_4m(tmp_path, num_views=1)

@@ -194,6 +194,14 @@ def test_a_server_that_does_not_answer_is_one_clear_error(bucket, monkeypatch):
         open_store(bucket).read("plan.json")
 
 
+def test_a_file_url_is_a_path_also_at_the_root(tmp_path, monkeypatch):
+    (tmp_path / "no file of the root").write_bytes(b"content")
+    assert read_location(f"file://{tmp_path}/no file of the root") == b"content"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_location("file:///no file of the root")
+
+
 def test_a_place_that_cannot_hold_a_cache_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"not on ftp://. Choose another place than ftp://host"):
         open_store("ftp://host/cache")

@@ -66,7 +66,7 @@ def test_hidden_and_other_files_are_ignored_and_counted(tmp_path, caplog):
     assert "5 files are not images by their names" in caplog.text
 
 
-def test_links_are_followed_and_a_loop_ends(tmp_path):
+def test_links_are_followed_and_a_loop_ends(tmp_path, caplog):
     folder(tmp_path / "elsewhere", "1.jpg")
     folder(tmp_path / "root", "b/2.jpg")
     (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere")
@@ -74,6 +74,7 @@ def test_links_are_followed_and_a_loop_ends(tmp_path):
     (tmp_path / "root" / "b" / "3.jpg").symlink_to(tmp_path / "elsewhere" / "1.jpg")
     keys = [row.key for row in rows_of(listed(tmp_path / "root"))]
     assert keys == ["a/1", "b/2", "b/3"]
+    assert "b/up leads to a folder that is listed already; it is left out" in caplog.text
 
 
 def test_two_files_with_one_key_are_refused(tmp_path):

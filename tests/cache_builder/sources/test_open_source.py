@@ -15,6 +15,8 @@ def test_a_place_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
         open_source(str(tmp_path / "nowhere"))
     with pytest.raises(SourceError, match=r"x-0.tar is not there, nor are 2 others"):
         open_source(str(tmp_path / "x-{0..2}.tar"))
+    with pytest.raises(ConfigError, match=r"place of the images is empty. Name a folder"):
+        open_source("")
     folder(tmp_path, "file.rar")
     with pytest.raises(ConfigError, match=r"neither a folder nor a \.tar, .*\.zip, \.parquet"):
         open_source(str(tmp_path / "file.rar"))

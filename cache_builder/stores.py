@@ -18,6 +18,7 @@ from cache_builder import files
 from cache_builder.errors import CacheInUseError, ConfigError
 
 LOCK_NAME = ".lock"  # of the driver that writes; removed when it ends
+_MAX_TRIES = 20  # of making the folder of a lock, while other drivers remove it
 
 
 class Measure(NamedTuple):
@@ -221,7 +222,6 @@ class LocalStore:
     @contextlib.contextmanager
     def lock(self, holder: str) -> Iterator[None]:
         """Hold a lock of the operating system, which ends with the process that holds it."""
-        self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / LOCK_NAME
         handle = _lock_file(path)
         try:
@@ -268,9 +268,18 @@ def _names_of_no_files() -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> int:
-    """Open and lock a file, and make sure that the name still stands for it."""
+    """Open and lock a file, its folder made, and make sure that the name still stands for it."""
+    num_tries = 0
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        num_tries += 1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except (FileNotFoundError, FileExistsError):
+            # A holder that ends takes an empty folder away; so often in a row it is no holder.
+            if num_tries >= _MAX_TRIES:
+                raise
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -179,6 +180,34 @@ def test_a_directory_that_a_lock_made_goes_with_it(tmp_path):
     with LocalStore(tmp_path / "a").lock("me"):
         assert (tmp_path / "a").is_dir()
     assert not (tmp_path / "a").exists()
+
+
+def test_drivers_that_come_and_go_at_once_find_the_lock_free_or_taken(tmp_path):
+    store, outcomes = LocalStore(tmp_path / "cache"), []
+
+    def come_and_go():
+        for _ in range(400):
+            try:
+                with store.lock("a driver"):
+                    outcomes.append(None)
+            except (CacheInUseError, OSError) as exc:
+                outcomes.append(type(exc))
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(outcomes) == {None, CacheInUseError}
+
+
+def test_a_file_in_the_place_of_a_cache_is_not_waited_for(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with (
+        pytest.raises(FileExistsError, match="cache"),
+        LocalStore(tmp_path / "cache").lock("a driver"),
+    ):
+        pass
 
 
 def test_a_bucket_that_is_not_there_is_one_clear_error(bucket):

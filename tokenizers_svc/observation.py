@@ -60,9 +60,9 @@ class RequestRecord:
         """From the first byte to the last."""
         return self.ended - self.started
 
-    def add_stage(self, name: StageName, seconds: float, *, ended: float | None = None) -> None:
-        """Note a stage of one picture; `ended` None is now."""
-        self.stages.append(Stage(name, time.perf_counter() if ended is None else ended, seconds))
+    def add_stage(self, name: StageName, seconds: float, *, ended: float) -> None:
+        """Note a stage of one picture."""
+        self.stages.append(Stage(name, ended, seconds))
 
     def longest_stages(self) -> dict[StageName, float]:
         """Return the longest time of each stage, seconds: where a request of many waited."""

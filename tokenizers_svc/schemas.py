@@ -80,7 +80,7 @@ class Health(BaseModel, frozen=True):
 class ModelInfo(BaseModel, frozen=True):
     """One tokenizer, and what may be asked of it."""
 
-    id: str = Field(description="name of the codebook: its file name without the suffix")
+    id: str = Field(description="name: as it was given, or that of the file without its suffix")
     fingerprint: str = Field(description="identity of the tokenizer, SHA-256 in hexadecimal")
     vocab_size: int = Field(description="K: ids lie in [0, K)")
     num_stages: int = Field(description="ids per patch")

@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """Where one picture spent its time, seconds; waiting for a decode thread is `decode_s`."""
+    """Where one picture spent its time, seconds; waiting for a thread that decodes is `queue_s`."""
 
     decode_s: float
     queue_s: float

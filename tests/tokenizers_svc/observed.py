@@ -1,6 +1,7 @@
 """What is observed: an application for metrics, logs and traces, and the state of a model."""
 
 import asyncio
+import time
 
 import httpx
 from fastapi import FastAPI, Request
@@ -26,7 +27,7 @@ def make_app(*observers):
         request.state.request_id = "r-1"
         record.model, record.num_images = "tiny", 1
         for stage, seconds in (("read", 0.001), ("decode", 0.002), ("queue", 0.3), ("infer", 0.04)):
-            record.add_stage(stage, seconds)
+            record.add_stage(stage, seconds, ended=time.perf_counter())
         return {"name": name}
 
     @app.get("/readyz")

@@ -166,10 +166,10 @@ def test_a_damaged_npy_file_is_refused(zoo, content):
 
 
 def test_an_npy_file_that_promises_more_than_it_has_is_refused(zoo):
-    content = npy(ONE).replace(b"(4, 4)", b"(9999999999, 4)"[:6].ljust(6))
-    check_problem(zoo.post("/v1/detokenize", content=content), 400, "bad-request")
-    content = npy(ONE)[:-8]
-    check_problem(zoo.post("/v1/detokenize", content=content), 422, "invalid-tokens")
+    promising = npy(ONE).replace(b"(4, 4), }" + b" " * 9, b"(4000000000, 4), }")
+    assert b"(4000000000, 4)" in promising
+    for content in (promising, npy(ONE)[:-8]):
+        check_problem(zoo.post("/v1/detokenize", content=content), 422, "invalid-tokens")
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\0" * 30, b"\0" * 33])

@@ -22,7 +22,6 @@ from cache_builder.errors import (
     ArtifactError,
     ConfigError,
     ImageError,
-    PatchCacheError,
     SourceError,
 )
 from cache_builder.formats import CachedSample, PayloadName, TokenCache, View
@@ -195,17 +194,6 @@ class CachedViews:
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process needs: open files belong to this one."""
         return {**self.__dict__, "_opened": None, "_join": None}
-
-    def __getitems__(self, picks: Sequence[Pick]) -> Batch | PatchCacheError:
-        """Return the batch of these picks.
-
-        An error that a user can mend is returned, not raised: torch would hide its message in the
-        traceback of a worker. `load_ahead` raises it.
-        """
-        try:
-            return self.read(picks)
-        except PatchCacheError as exc:
-            return exc
 
     def read(self, picks: Sequence[Pick]) -> Batch:
         """Return the batch of these picks.

@@ -16,7 +16,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from cache_builder import imaging
-from cache_builder.errors import ConfigError, ImageError, PatchCacheError, SourceError
+from cache_builder.errors import ConfigError, ImageError, SourceError
 from cache_builder.sources import image_bytes
 from trainer.backbones import Backbone
 from trainer.draws import derived_seed
@@ -83,14 +83,13 @@ class AugmentedImages:
                 if operation.name.startswith("Posterize"):
                     operation.aug_fn = _posterize
 
-    def __getitems__(self, samples: Sequence[Sample]) -> AugmentedBatch | PatchCacheError:
-        """Return the batch of these samples, or an error that a user can mend."""
-        try:
-            return self._read(samples)
-        except PatchCacheError as exc:
-            return exc
+    def read(self, samples: Sequence[Sample]) -> AugmentedBatch:
+        """Return the batch of these samples.
 
-    def _read(self, samples: Sequence[Sample]) -> AugmentedBatch:
+        Raises:
+            PatchCacheError: An image is not there any more, its file or cache is damaged, or none
+                of the batch can be decoded.
+        """
         found, refused = [], []
         images = self._images.read([sample.place for sample in samples])
         for sample, image in zip(samples, images, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cache_builder import imaging
-from cache_builder.errors import ConfigError, ImageError, PatchCacheError, SourceError
+from cache_builder.errors import ConfigError, ImageError, SourceError
 from cache_builder.formats import TokenCache
 from cache_builder.formats.columns import NO_LABEL
 from cache_builder.formats.manifest import MANIFEST_NAME, PLAN_NAME
@@ -156,14 +156,12 @@ class CentreSquares:
         self._size = size
         self._share = share
 
-    def __getitems__(self, places: Sequence[Place]) -> Squares | PatchCacheError:
-        """Return the batch at these places, or an error that a user can mend."""
-        try:
-            return self._read(places)
-        except PatchCacheError as exc:
-            return exc
+    def read(self, places: Sequence[Place]) -> Squares:
+        """Return the images at these places that have a label.
 
-    def _read(self, places: Sequence[Place]) -> Squares:
+        Raises:
+            PatchCacheError: An image is not there any more, or its file or cache is damaged.
+        """
         pixels, labels, keys, refused = [], [], [], []
         for sample in self._images.read(places):
             if sample.label is None:

@@ -23,28 +23,27 @@ T = TypeVar("T")
 class Dataset(Protocol[B_co]):
     """What reads batches; it is sent to every worker."""
 
-    def __getitems__(self, places: Any, /) -> B_co | PatchCacheError:
-        """Return the batch at these places, or an error that a user can mend."""
+    def read(self, places: Any, /) -> B_co:
+        """Return the batch at these places."""
 
 
 def load_ahead(
     dataset: Dataset[T], batches: Iterable[Any], *, num_workers: int, device: torch.device
 ) -> Generator[T]:
-    """Yield `dataset.__getitems__(places)` of every element of `batches`, in order.
+    """Yield `dataset.read(places)` of every element of `batches`, in order.
 
     Workers live until the iterator ends or is closed; they read ahead by two batches each. Tensors
     are in pinned memory for a CUDA device.
 
     Raises:
-        PatchCacheError: The dataset returns one; raised in a worker, torch would hide its message
-            in a traceback.
+        PatchCacheError: The dataset raises one.
     """
     context = None
     if num_workers > 0:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([type(dataset).__module__])
     loader = DataLoader(
-        dataset,
+        _Reader(dataset),
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -58,6 +57,23 @@ def load_ahead(
         if isinstance(batch, PatchCacheError):
             raise batch
         yield batch
+
+
+class _Reader:
+    """A dataset as torch asks it, in a worker.
+
+    An error that a user can mend is returned, not raised: torch would hide its message in the
+    traceback of the worker.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, places: Any) -> Any:
+        try:
+            return self._dataset.read(places)
+        except PatchCacheError as exc:
+            return exc
 
 
 def _as_it_is(batch: Any) -> Any:

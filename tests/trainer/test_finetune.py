@@ -275,7 +275,7 @@ def test_an_image_looks_the_same_whenever_it_is_read_in_an_epoch(places):
 
     def read(epoch):
         (samples,) = batches(spots[:8], labels[:8], 8, seed=0, steps=range(epoch, epoch + 1))
-        return data.__getitems__(samples).images
+        return data.read(samples).images
 
     first, again, later = read(0), read(0), read(1)
     assert torch.equal(first, again)
@@ -330,7 +330,7 @@ def test_the_strongest_augmentation_of_a_policy_is_no_error(places):
     data = AugmentedImages(images, load_backbone(places[1]), config, seed=0)
     spots, labels = images.places(), images.labels()
     for samples in batches(spots, labels, 50, seed=0, steps=range(2)):
-        assert torch.isfinite(data.__getitems__(samples).images).all()
+        assert torch.isfinite(data.read(samples).images).all()
 
 
 def test_every_recipe_of_fine_tuning_loads():

@@ -133,11 +133,8 @@ def _tokenizers(
             soft_temperature=options.soft_temperature,
             store_features=options.store_features,
         ).spec
-        known = found.setdefault(codebook.fingerprint, _Tokenizer(codebook, asked, 0))
-        if (asked.soft or known.spec.soft, asked.features or known.spec.features) != (
-            known.spec.soft,
-            known.spec.features,
-        ):
+        planned = found.setdefault(codebook.fingerprint, _Tokenizer(codebook, asked, 0)).spec
+        if asked.soft not in (None, planned.soft) or asked.features not in (None, planned.features):
             raise ConfigError(
                 f"{options.cache} has targets of {path} already, with other payloads than are "
                 "asked for. Leave out --soft-top-k, --soft-temperature and --store-features, or "

@@ -162,11 +162,9 @@ class LocalStore:
 
     def exists(self, name: str) -> bool:
         """Say whether there is a file of that name."""
-        try:
-            with _names_of_no_files():
-                return (self.root / name).is_file()
-        except FileNotFoundError:
-            return False
+        with contextlib.suppress(FileNotFoundError), _names_of_no_files():
+            return (self.root / name).is_file()
+        return False
 
     def read(self, name: str) -> bytes:
         """Return the content of a file."""

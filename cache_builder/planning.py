@@ -10,6 +10,7 @@ from cache_builder.commit import layer_store
 from cache_builder.errors import ConfigError, TokenizerMismatchError
 from cache_builder.formats import zarr_store
 from cache_builder.formats.codebook import Codebook
+from cache_builder.formats.headers import shorten
 from cache_builder.formats.manifest import CODEBOOK_NAME, PLAN_NAME, CacheSpec, read_model, to_json
 from cache_builder.formats.plan import BuildPlan, PlanUnit, plan_unit_name
 from cache_builder.stores import LOCK_NAME, Store
@@ -171,5 +172,4 @@ def _are_names(value: object) -> TypeGuard[list[str]]:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+    return shorten(json.dumps(value), _MAX_SHOWN)

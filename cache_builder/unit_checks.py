@@ -24,6 +24,7 @@ from cache_builder.damage import (
 )
 from cache_builder.errors import PatchCacheError
 from cache_builder.files import canonical_json, sha256_bytes
+from cache_builder.formats.headers import shorten
 from cache_builder.formats.manifest import (
     CacheSpec,
     FileDigest,
@@ -358,13 +359,9 @@ def _differences(sample: CachedSample, info: SampleInfo, row: PlanRow) -> Iterat
         for extra in (sample.extra, row.extra)
     )
     for name in sorted(found.keys() | planned.keys()):
-        there, right = (_shortened(each.get(name, "none")) for each in (found, planned))
+        there, right = (shorten(each.get(name, "none"), _MAX_SHOWN) for each in (found, planned))
         if found.get(name) != planned.get(name):
             yield f"{sample.key}: column {name!r} is {there}, planned {right}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 class _Held:

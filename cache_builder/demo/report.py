@@ -10,6 +10,7 @@ import numpy as np
 
 from cache_builder import cache_survey, pages, pictures
 from cache_builder.formats.cache import TokenCache
+from cache_builder.measures import decibel_text
 from cache_builder.quality import psnr, usage
 from cache_builder.tokenizers import PatchTokenizer
 
@@ -87,7 +88,7 @@ def _images_section(cache: TokenCache, tokenizer: PatchTokenizer) -> str:
             )
         figures.append(
             f"<figure>{''.join(rows)}<figcaption>{html.escape(sample.key)}, "
-            f"reconstruction {psnr(float(np.mean(errors))):.1f} dB</figcaption></figure>"
+            f"reconstruction {decibel_text(psnr(float(np.mean(errors))), 1)}</figcaption></figure>"
         )
     return (
         "<h3>Views, token maps, reconstructions</h3><p>Each row is one cached view: its pixels, "

@@ -47,9 +47,9 @@ def first_problem(exc: ValidationError) -> str:
     return f"{where}: {what}" if where else what
 
 
-def shorten(text: str) -> str:
-    """Return what a damaged file says as a part of one readable line."""
-    return one_line(text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}...")
+def shorten(text: str, most: int = _MAX_SHOWN) -> str:
+    """Return what a file says, at most `most` characters, as a part of one readable line."""
+    return one_line(text if len(text) <= most else f"{text[: most - 3]}...")
 
 
 def _check_name(path: str) -> str:

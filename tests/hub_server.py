@@ -6,6 +6,7 @@ that end in .tar or .safetensors are large ones; all others go into the commit i
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -35,6 +36,18 @@ class Repository:
         if revision == "main":
             return self.commits[-1]
         return next(commit for commit in self.commits if commit[0] == revision)
+
+
+@contextlib.contextmanager
+def running_hub(monkeypatch):
+    """Give a hub to which the client sends by basic transfers alone, as the holder of the token."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub = Hub()
+    yield hub
+    hub.close()
 
 
 class Hub:

@@ -1,13 +1,14 @@
 """Commands of the documents and of the help, as small as a test needs them."""
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from tests.servers import free_port
 
 BIN = Path(sys.executable).parent
 SMALLER = {
@@ -30,9 +31,7 @@ SMALLER = {
 @contextlib.contextmanager
 def served(folder, words):
     """Run `patchcache serve ...` as a process, on a free port; gives its URL once it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [BIN / "patchcache", *words, "--port", str(port)]
     service = subprocess.Popen(command, cwd=folder)
     url = f"http://127.0.0.1:{port}"

@@ -18,7 +18,7 @@ from cache_builder.hub import HubFolder
 from cache_builder.hub_card import codebook_card
 from cache_builder.ray_cluster import ClusterOptions
 from tests import factories
-from tests.hub_server import TOKEN, Fault, Hub
+from tests.hub_server import TOKEN, Fault, running_hub
 
 # huggingface_hub 2.4 uploads in a way that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
@@ -29,13 +29,8 @@ HERE = ClusterOptions(num_workers=0)
 
 @pytest.fixture
 def server(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # basic transfers alone
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub = Hub()
-    yield hub
-    hub.close()
+    with running_hub(monkeypatch) as hub:
+        yield hub
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+SHELL = frozenset({"bash", "sh", "console"})  # languages of blocks of commands
 _FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})(.*)$")
 _ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
 _JOINTS = {"|", "||", "&&", ";", "&"}

@@ -16,12 +16,11 @@ import typer
 import yaml
 
 from cache_builder.cli import app
-from tests.documents.blocks import Block, blocks_of, commands_of
+from tests.documents.blocks import SHELL, Block, blocks_of, commands_of
 from tests.documents.pages import PAGES
 from tests.documents.programs import OTHERS
 from tests.places import ROOT
 
-SHELL = {"bash", "sh", "console"}
 DATA = {
     "toml": tomllib.loads,
     "yaml": lambda text: all(yaml.safe_load_all(text)),

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents.blocks import blocks_of, commands_of
+from tests.documents.blocks import SHELL, blocks_of, commands_of
 from tests.documents.folders import FURTHER, write_common
 from tests.documents.pages import PAGES
 from tests.documents.programs import ONLY_PARSED, OTHERS, OURS
-from tests.hub_server import TOKEN, Hub
+from tests.hub_server import running_hub
 from tests.small_commands import SMALLER, served
 
 ELSEWHERE = {"tokenizers.md": "with its plugin, by tests/test_plugin_route.py"}
@@ -32,7 +32,7 @@ URL = re.compile(r"http://127\.0\.0\.1:\d+")
 
 
 def all_commands_of(page):
-    blocks = [block for block in blocks_of(page) if block.language in {"bash", "sh", "console"}]
+    blocks = [block for block in blocks_of(page) if block.language in SHELL]
     return [words for block in blocks for words in commands_of(block)]
 
 
@@ -74,14 +74,11 @@ def far(monkeypatch, bucket, s3_server):
 
     make = urllib.request.Request(f"{s3_server}/bucket", method="PUT")
     urllib.request.urlopen(make, timeout=10).close()
-    hub = Hub()
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield
-    hub.close()
+    with running_hub(monkeypatch) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        yield
 
 
 @pytest.mark.usefixtures("far")

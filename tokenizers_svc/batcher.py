@@ -1,8 +1,8 @@
 """Dynamic batching: pictures of many requests share one run of the tokenizer.
 
-A batch is what waits when the tokenizer becomes free; waiting for it to fill would cost every lone
-request that time. Only when the batch before held more than one picture may it linger, because
-the clients just answered are then about to ask again.
+A batch is made of what waits when the tokenizer becomes free; waiting for it to fill would cost
+every lone request that time. Only when the batch before held more than one picture may it linger,
+because the clients just answered are then about to ask again.
 
 This is the side of the event loop: it puts pictures into the queues (`pending.py`), waits for what
 the threads (`workers.py`) answer, and says how long that will take. It decodes nothing itself. A

@@ -67,11 +67,34 @@ def test_lanes_run_batches_at_the_same_time():
     asyncio.run(scenario())
 
 
-def test_free_lanes_share_what_waits():
-    pending = pending_views(6, crew=TWO_LANES)
+def test_lanes_take_of_a_few_pictures_one_at_a_time():
+    pending = pending_views(4, crew=TWO_LANES)
     first, second = gathered(pending), gathered(pending)
-    assert [len(first.items), len(second.items)] == [3, 3]
-    assert torch.equal(torch.cat([first.batch(), second.batch()]), make_views(6))
+    assert torch.equal(torch.cat([first.batch(), second.batch()]), make_views(4)[:2])
+    assert pending.num_waiting == 2
+
+
+def test_a_lane_takes_half_its_share_of_what_waits_up_to_a_full_batch():
+    pending = pending_views(28, crew=TWO_LANES, max_batch=6)
+    sizes = []
+    while pending.num_waiting:
+        lane = gathered(pending)
+        sizes.append(len(lane.items))
+        pending.return_turn(lane)
+    assert sizes == [6, 6, 4, 3, 3, 2, 1, 1, 1, 1]
+
+
+def test_files_that_are_not_decoded_yet_count_for_the_share_and_are_decoded_no_further_than_it():
+    pending = Pending(TWO_LANES, max_batch=MAX_BATCH, linger_s=0)
+    with pending.lock:
+        for view in make_views(8):
+            pending.add(Item(None, float("inf"), cut=lambda view=view: view))
+    for _ in range(2):
+        item = pending.next_for_lane()
+        item.pixels = item.cut()
+        pending.put_back(item)
+    assert [len(pending.views), len(pending.undecoded)] == [2, 6]
+    assert len(gathered(pending).items) == 2
 
 
 def test_a_lane_alone_takes_a_full_batch_in_the_order_of_arrival():

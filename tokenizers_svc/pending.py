@@ -149,8 +149,8 @@ class Pending:
         self._linger_s = linger_s
         self._free_turns = crew.num_turns
         self._has_decoders = crew.num_decoders > 0
-        # A batch saves a CPU a tenth of the work. Half a share leaves to the other lanes what they
-        # can begin before this one would be done with it.
+        # A batch saves a CPU little. Half a share leaves to the other lanes what they can begin
+        # before this one would be done with it.
         self._num_shares = 1 if crew.num_turns == 1 else 2 * crew.num_turns
         self._is_gathering = False
         self._has_company = False  # whether the last batch held more than one
@@ -281,6 +281,8 @@ class Pending:
             lane.items.append(self.views.popleft())
 
     def _is_enough(self, lane: Lane) -> bool:
+        if self.views:  # it has its share; whoever gathers next may begin with the rest
+            return True
         return not self._has_company or len(lane.items) >= self.max_batch or self.is_closing
 
     def _should_decode(self) -> bool:

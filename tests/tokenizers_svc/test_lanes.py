@@ -33,9 +33,9 @@ async def until(is_so):
         await asyncio.sleep(0.002)
 
 
-def pending_views(num_views, *, crew, max_batch=MAX_BATCH):
+def pending_views(num_views, *, crew, max_batch=MAX_BATCH, linger_s=0):
     """Queues with views in them, and no threads."""
-    pending = Pending(crew, max_batch=max_batch, linger_s=0)
+    pending = Pending(crew, max_batch=max_batch, linger_s=linger_s)
     for view in make_views(num_views):
         with pending.lock:
             pending.add(Item(None, float("inf"), pixels=view))
@@ -82,6 +82,14 @@ def test_a_lane_takes_half_its_share_of_what_waits_up_to_a_full_batch():
         sizes.append(len(lane.items))
         pending.return_turn(lane)
     assert sizes == [6, 6, 4, 3, 3, 2, 1, 1, 1, 1]
+
+
+def test_a_lane_that_has_its_share_does_not_linger_while_others_wait():
+    pending = pending_views(12, crew=TWO_LANES, linger_s=30)
+    assert len(gathered(pending).items) == 3
+    started = time.monotonic()
+    assert len(gathered(pending).items) == 3
+    assert time.monotonic() - started < 10
 
 
 def test_files_that_are_not_decoded_yet_count_for_the_share_and_are_decoded_no_further_than_it():

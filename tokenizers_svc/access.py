@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, SecretStr
-from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cache_builder.errors import ConfigError
 from tokenizers_svc.problems import ProblemError, problem_response
+from tokenizers_svc.request_fields import field_of
 
 _PROBES: Final = ("/healthz", "/readyz")
 _DOCS: Final = ("/docs", "/openapi.json")
@@ -172,7 +172,7 @@ class AccessControl:
             return
         state = scope.setdefault("state", {})
         try:
-            key = self._access.judge(scope["path"], Headers(scope=scope).get("authorization", ""))
+            key = self._access.judge(scope["path"], field_of(scope, b"authorization", ""))
         except ProblemError as problem:
             refusal = problem_response(problem, state["request_id"])
             await refusal(scope, receive, send)

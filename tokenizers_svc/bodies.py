@@ -191,8 +191,7 @@ async def open_form(request: Request, upload: Upload, *, max_files: int) -> Asyn
     # The length of the whole body is limited already; nothing is written to a disk.
     parser.spool_max_size = 0
     try:
-        async with upload.in_time():
-            form = await parser.parse()
+        form = await parser.parse()
     except MultiPartException as exc:
         if exc.message.startswith("Too many files"):
             raise too_many(max_files) from None

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tokenizers_svc.problems import ProblemError
+from tokenizers_svc.request_fields import field_of
 
 _PIECE_BYTES = 262_144
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -18,7 +19,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 def is_known(request: Request, etag: str) -> bool:
     """Tell whether If-None-Match names this representation."""
-    offered = request.headers.get("if-none-match", "")
+    offered = field_of(request.scope, b"if-none-match", "")
     tags = [tag.strip().removeprefix("W/") for tag in offered.split(",")]
     return etag in tags or tags == ["*"]
 
@@ -50,9 +51,9 @@ def content_response(
         return Response(status_code=304, headers=common)
     length = sum(len(part) for part in parts)
     start, end, status = 0, length, 200
-    asked = _RANGE.fullmatch(request.headers.get("range", "").strip().lower())
+    asked = _RANGE.fullmatch(field_of(request.scope, b"range", "").strip().lower())
     bounds = _bounds(asked[1], asked[2], length) if asked else None
-    if bounds and request.headers.get("if-range", etag) == etag:
+    if bounds and field_of(request.scope, b"if-range", etag) == etag:
         start, end = bounds
         if start >= end:
             raise ProblemError(

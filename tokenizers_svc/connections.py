@@ -25,19 +25,21 @@ import functools
 import http
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import httptools
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from tokenizers_svc.exchange import HANG_UP, HangUp
 from tokenizers_svc.heads import (
     MAX_FIELDS,
-    Fields,
     check_head,
     check_length,
+    length_of,
     no_http,
     too_long,
+    too_many_connections,
     too_many_fields,
 )
 from tokenizers_svc.limits import Limits
@@ -85,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.connections) > self._limits.max_connections:
             oldest = next(iter(self._idle), None)
             if oldest is None:
-                self._refuse(_too_many_connections(self._limits))
+                self._refuse(too_many_connections(self._limits.max_connections))
                 return
             oldest.abort()
         self._idle[self] = None
@@ -131,6 +133,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_content = False
         self._num_unwanted_bytes = 0
         super().on_message_begin()
+        cast(Any, self.scope)["extensions"] = {HANG_UP: HangUp()}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a field of a head; those of a trailer come too late to be obeyed."""
@@ -149,7 +152,7 @@ class BoundedProtocol(HttpToolsProtocol):
         check_head(self.parser.get_http_version(), self.url, self.headers)
         self._has_length = any(name == b"content-length" for name, _ in self.headers)
         if self.parser.should_upgrade():
-            self._num_unparsed_bytes = _length_of(self.headers)
+            self._num_unparsed_bytes = length_of(self.headers)
         super().on_headers_complete()
         # uvicorn reads no further while requests wait, and would not see that the client has gone.
         self.flow.resume_reading()
@@ -309,6 +312,7 @@ class BoundedProtocol(HttpToolsProtocol):
         for cycle in self._unanswered:
             cycle.disconnected = True
             cycle.message_event.set()
+            cast(Any, cycle.scope)["extensions"][HANG_UP].tell()
         self._unanswered.clear()
 
     def _say(self, problem: ProblemError) -> None:
@@ -356,26 +360,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
-
-
-def _length_of(fields: Fields) -> int:
-    """Return the length of the body of a request that asks for another protocol.
-
-    Raises:
-        ProblemError: 400, it comes in chunks, which the parser would leave unread.
-    """
-    found = dict(fields)
-    if b"transfer-encoding" in found:
-        raise no_http("A request in chunks cannot ask for another protocol.")
-    return int(found.get(b"content-length", 0))
-
-
-def _too_many_connections(limits: Limits) -> ProblemError:
-    return ProblemError(
-        "too-many-connections",
-        "Every connection of the service is at work. Ask again later.",
-        limit=limits.max_connections,
-    )
 
 
 def bounded_config(app: Any, limits: Limits, **options: Any) -> Config:

@@ -24,6 +24,7 @@ from starlette.responses import Response
 
 from tokenizers_svc.problems import ProblemError
 from tokenizers_svc.registry import Served
+from tokenizers_svc.request_fields import field_of
 from tokenizers_svc.tokens import Tokens
 
 Form = Literal["json", "npy", "raw", "msgpack"]
@@ -56,7 +57,7 @@ def choose_form(request: Request, *offered: Form) -> Form:
     Raises:
         ProblemError: 406, it accepts none of them.
     """
-    return _choose(request.headers.get("accept", "*/*")[:_MAX_ACCEPT_CHARS], offered)
+    return _choose(field_of(request.scope, b"accept", "*/*")[:_MAX_ACCEPT_CHARS], offered)
 
 
 @functools.lru_cache(256)

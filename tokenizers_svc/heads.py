@@ -62,6 +62,18 @@ def check_length(target: bytes, fields: Fields, max_bytes: int) -> None:
         raise too_long(max_bytes)
 
 
+def length_of(fields: Fields) -> int:
+    """Return the length of the body of a request that asks for another protocol.
+
+    Raises:
+        ProblemError: 400, it comes in chunks, which the parser would leave unread.
+    """
+    found = dict(fields)
+    if b"transfer-encoding" in found:
+        raise no_http("A request in chunks cannot ask for another protocol.")
+    return int(found.get(b"content-length", 0))
+
+
 def no_http(detail: str = "This is no HTTP/1.1 request.") -> ProblemError:
     """Return the refusal of what is no request."""
     return ProblemError("bad-request", detail)
@@ -78,4 +90,13 @@ def too_many_fields() -> ProblemError:
         "header-too-large",
         f"The head of a request has at most {MAX_FIELDS} fields.",
         limit=MAX_FIELDS,
+    )
+
+
+def too_many_connections(most: int) -> ProblemError:
+    """Return the refusal of a connection beyond those that there may be."""
+    return ProblemError(
+        "too-many-connections",
+        "Every connection of the service is at work. Ask again later.",
+        limit=most,
     )

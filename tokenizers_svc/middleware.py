@@ -11,10 +11,11 @@ import random
 import re
 from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenizers_svc.problems import internal_problem, problem_response
+from tokenizers_svc.request_fields import field_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class CommonHeaders:
 
 
 def _request_id(scope: Scope) -> str:
-    offered = Headers(scope=scope).get("x-request-id", "")
+    offered = field_of(scope, b"x-request-id", "")
     return offered if _HARMLESS_ID.fullmatch(offered) else new_request_id()
 
 

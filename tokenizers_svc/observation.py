@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenizers_svc.problems import MEDIA_TYPE
+from tokenizers_svc.request_fields import field_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,10 @@ class Observation:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
         record = RequestRecord(
             scope["method"] if scope["method"] in _METHODS else "other",
-            headers.get("traceparent"),
-            headers.get("tracestate"),
+            field_of(scope, b"traceparent"),
+            field_of(scope, b"tracestate"),
         )
         scope.setdefault("state", {})["record"] = record
 

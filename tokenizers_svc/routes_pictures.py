@@ -2,7 +2,6 @@
 
 import io
 import math
-import time
 from typing import Annotated, Final, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from tokenizers_svc.bodies import read_picture
 from tokenizers_svc.codebook_files import not_decodable
 from tokenizers_svc.decoding import make_view
-from tokenizers_svc.exchange import deadline, time_allowed, while_connected
+from tokenizers_svc.exchange import Exchange
 from tokenizers_svc.forms import NPY, array_response
 from tokenizers_svc.intake import Upload, parse_view
 from tokenizers_svc.observation import RequestRecord
@@ -40,12 +39,10 @@ class Reconstruction(NamedTuple):
 async def detokenize(request: Request, query: Annotated[DetokenizeQuery, Query()]) -> Response:
     """Return the picture that token ids stand for: every patch is the pixels of its centroid."""
     service, served = _begin(request, query.model)
-    upload = Upload(request, service.limits, service.limits.max_body_bytes)
+    upload = Upload(request, service.limits.max_body_bytes)
     with service.admit(served, upload) as place:
-        async with deadline(time_allowed(request, service.limits.request_deadline_s)):
-            started = time.perf_counter()
-            grids = await read_grids(request, upload, served, service.limits)
-            read_s = time.perf_counter() - started
+        async with Exchange(request, service.limits) as exchange:
+            grids = await exchange.read(read_grids(request, upload, served, service.limits))
             form = query.format or ("npy" if grids.is_batch else "png")
             if grids.is_batch and form != "npy":
                 raise ProblemError(
@@ -55,8 +52,8 @@ async def detokenize(request: Request, query: Annotated[DetokenizeQuery, Query()
             content = await service.in_thread(_decode, served, grids.ids, grids.is_batch, form)
     record: RequestRecord = request.state.record
     record.num_images = len(grids.ids)
-    record.add_stage("read", read_s, ended=record.started + read_s)
-    return _answer(content, form, {"Server-Timing": f"read;dur={1000 * read_s:.2f}"})
+    record.add_stage("read", exchange.read_s, ended=record.started + exchange.read_s)
+    return _answer(content, form, timing_headers(exchange.read_s, []))
 
 
 async def reconstruct(request: Request, query: Annotated[ReconstructQuery, Query()]) -> Response:
@@ -67,18 +64,15 @@ async def reconstruct(request: Request, query: Annotated[ReconstructQuery, Query
     service, served = _begin(request, query.model)
     box = parse_view(query.view)
     form = query.format or "png"
-    upload = Upload(request, service.limits, service.limits.max_body_bytes)
+    upload = Upload(request, service.limits.max_body_bytes)
     with service.admit(served, upload):
-        async with deadline(time_allowed(request, service.limits.request_deadline_s)):
-            started = time.perf_counter()
-            picture = await read_picture(request, upload, service.limits, box)
-            read_s = time.perf_counter() - started
-            work = _reconstruct(service, served, picture)
-            left = await while_connected(request, work)
+        async with Exchange(request, service.limits) as exchange:
+            picture = await exchange.read(read_picture(request, upload, service.limits, box))
+            left = await exchange.work(_reconstruct(service, served, picture))
             content = await service.in_thread(_encode, left.pixels, form)
-    note_outcomes(request, read_s, [left.outcome])
+    note_outcomes(request, exchange.read_s, [left.outcome])
     headers = {
-        **timing_headers(read_s, [left.outcome]),
+        **timing_headers(exchange.read_s, [left.outcome]),
         "X-PSNR": "inf" if math.isinf(left.psnr) else f"{left.psnr:.4f}",
     }
     return _answer(content, form, headers)

@@ -7,6 +7,7 @@ import torch
 from fastapi import FastAPI, Request, Response
 
 from tokenizers_svc.problems import ProblemError, documented
+from tokenizers_svc.request_fields import field_of
 from tokenizers_svc.schemas import Health, Version
 from tokenizers_svc.service import TokenizeService, not_ready
 
@@ -54,7 +55,7 @@ async def check_readiness(request: Request) -> Health:
 async def tell_metrics(request: Request) -> Response:
     """Return what the service has counted; docs/service-operations.md lists the names."""
     service: TokenizeService = request.app.state.service
-    content, media_type = service.metrics.render(request.headers.get("accept", ""))
+    content, media_type = service.metrics.render(field_of(request.scope, b"accept", ""))
     return Response(content, headers={"Content-Type": media_type})
 
 

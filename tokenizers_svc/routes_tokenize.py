@@ -18,7 +18,7 @@ from tokenizers_svc.bodies import read_picture, read_pictures
 from tokenizers_svc.conditional import is_known
 from tokenizers_svc.decoding import check_total_pixels
 from tokenizers_svc.encoding import TokenizerFailedError
-from tokenizers_svc.exchange import deadline, time_allowed, while_connected
+from tokenizers_svc.exchange import Exchange
 from tokenizers_svc.forms import (
     Form,
     array_response,
@@ -54,17 +54,14 @@ async def tokenize(request: Request, query: Annotated[TokenizeQuery, Query()]) -
     soft = _soft(served, query, service.limits)
     form = choose_form(request, *(_FIELD_FORMS if soft else _ALL_FORMS))
     box = parse_view(query.view)
-    upload = Upload(request, service.limits, service.limits.max_body_bytes)
+    upload = Upload(request, service.limits.max_body_bytes)
     with service.admit(served, upload):
-        async with deadline(time_allowed(request, service.limits.request_deadline_s)):
-            started = time.perf_counter()
-            picture = await read_picture(request, upload, service.limits, box)
-            read_s = time.perf_counter() - started
-            work = service.tokenize(served, picture, soft)
-            outcome = await while_connected(request, work)
-    note_outcomes(request, read_s, [outcome])
+        async with Exchange(request, service.limits) as exchange:
+            picture = await exchange.read(read_picture(request, upload, service.limits, box))
+            outcome = await exchange.work(service.tokenize(served, picture, soft))
+    note_outcomes(request, exchange.read_s, [outcome])
     headers = {
-        **timing_headers(read_s, [outcome]),
+        **timing_headers(exchange.read_s, [outcome]),
         "ETag": _etag(served, outcome.tokens, form),
         "Vary": "Accept",
     }
@@ -80,17 +77,15 @@ async def tokenize_batch(request: Request, query: Annotated[BatchQuery, Query()]
     limits = service.limits
     # An array has no place for an error.
     form = choose_form(request, *(_ALL_FORMS if query.on_error == "fail" else _FIELD_FORMS))
-    upload = Upload(request, limits, limits.max_batch_body_bytes)
+    upload = Upload(request, limits.max_batch_body_bytes)
     with service.admit(served, upload) as place:
-        async with deadline(time_allowed(request, limits.request_deadline_s)):
-            started = time.perf_counter()
-            pictures = await read_pictures(request, upload, limits)
-            read_s = time.perf_counter() - started
+        async with Exchange(request, limits) as exchange:
+            pictures = await exchange.read(read_pictures(request, upload, limits))
             place.hold_pictures(len(pictures))
-            results = await while_connected(request, _tokenize_all(service, served, pictures))
+            results = await exchange.work(_tokenize_all(service, served, pictures))
     outcomes = [result for result in results if isinstance(result, Outcome)]
-    note_outcomes(request, read_s, outcomes)
-    headers = {**timing_headers(read_s, outcomes), "Vary": "Accept"}
+    note_outcomes(request, exchange.read_s, outcomes)
+    headers = {**timing_headers(exchange.read_s, outcomes), "Vary": "Accept"}
     if query.on_error == "fail":
         _raise_first(results)
     if form in ("npy", "raw"):

@@ -24,9 +24,10 @@ _MAX_RETRY_AFTER_S = 60
 class Place:
     """What one request holds of the service; leaving the `with` block gives all of it back."""
 
-    def __init__(self, door: "Door") -> None:
+    def __init__(self, door: "Door", on_leaving: Callable[[], None]) -> None:
         """Hold nothing yet."""
         self._door = door
+        self._on_leaving = on_leaving
         self._num_pictures = 0
         self._num_bytes = 0
 
@@ -56,6 +57,7 @@ class Place:
     ) -> None:
         self.hold_pictures(0)
         self.hold_bytes(0)
+        self._on_leaving()
 
 
 class Door:
@@ -78,8 +80,12 @@ class Door:
         """How long the pictures inside will take, seconds."""
         return self.num_pictures * self._seconds_per_picture()
 
-    def admit(self, *, num_bytes: int = 0) -> Place:
+    def admit(self, *, num_bytes: int = 0, on_leaving: Callable[[], None] = lambda: None) -> Place:
         """Return a place for one picture, in a body that announces so many bytes.
+
+        Args:
+            num_bytes: Of the body.
+            on_leaving: Called when the place has been given back.
 
         Raises:
             ProblemError: 429, with the limit that was passed and a Retry-After.
@@ -92,7 +98,7 @@ class Door:
                 limit=limit_s,
                 actual=round(wait_s, 3),
             )
-        place = Place(self)
+        place = Place(self, on_leaving)
         place.hold_pictures(1)
         try:
             place.hold_bytes(num_bytes)

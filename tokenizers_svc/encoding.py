@@ -14,7 +14,9 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_builder.formats.codebook import Codebook
@@ -54,16 +56,16 @@ class TokenizerFailedError(Exception):
 
 
 class SoftIds(NamedTuple):
-    """The nearest centroids of every patch of one picture, flat, patch by patch."""
+    """The nearest centroids of every patch of one picture, flat, patch by patch; little-endian."""
 
-    ids: list[int]
-    probabilities: list[float]  # each of them a float16
+    ids: NDArray[np.uint16]
+    probabilities: NDArray[np.float16]
 
 
 class Found(NamedTuple):
     """What the tokenizer says of one picture."""
 
-    ids: list[int]  # flat, row-major
+    ids: NDArray[np.uint16]  # flat, row-major, little-endian
     soft: SoftIds | None = None
 
 
@@ -115,9 +117,9 @@ def run_blank(tokenizer: Tokenizer, num_views: int) -> None:
     """
     size = tokenizer.codebook.pixel_rule.size
     views = torch.full((num_views, 3, size, size), 128, dtype=torch.uint8)
-    for found in _harden(tokenizer, views):
-        if not all(0 <= token_id < tokenizer.codebook.vocab_size for token_id in found.ids):
-            raise RuntimeError("the tokenizer gives ids that its codebook does not have")
+    ids = tokenizer.encode(views)
+    if not ((ids >= 0) & (ids < tokenizer.codebook.vocab_size)).all():
+        raise RuntimeError("the tokenizer gives ids that its codebook does not have")
 
 
 def _in_halves(tokenizer: Tokenizer, views: Tensor, softs: Sequence[SoftSpec | None]) -> Encoded:
@@ -152,17 +154,18 @@ def _encode_kind(tokenizer: Tokenizer, views: Tensor, soft: SoftSpec | None) -> 
 
 
 def _harden(tokenizer: Tokenizer, views: Tensor) -> list[Found]:
-    return [Found(ids) for ids in tokenizer.encode(views).flatten(1).tolist()]
+    ids = tokenizer.encode(views).flatten(1).cpu().numpy()
+    return [Found(of_view) for of_view in ids.astype("<u2")]
 
 
 def _soften(tokenizer: Tokenizer, views: Tensor, soft: SoftSpec) -> list[Found]:
     features = tokenizer.features(views)
     flat = features.reshape(-1, features.shape[-1])
     softened = soften(tokenizer.quantizer.stages[0], flat, soft)
-    ids = softened.ids.reshape(len(views), -1, soft.top_k)
-    shares = softened.stored.reshape(len(views), -1)
+    ids = softened.ids.reshape(len(views), -1, soft.top_k).astype("<u2", copy=False)
+    shares = softened.stored.reshape(len(views), -1).astype("<f2", copy=False)
     return [
-        Found(of_view[:, 0].tolist(), SoftIds(of_view.flatten().tolist(), probabilities.tolist()))
+        Found(of_view[:, 0], SoftIds(of_view.reshape(-1), probabilities))
         for of_view, probabilities in zip(ids, shares, strict=True)
     ]
 

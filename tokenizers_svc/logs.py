@@ -7,11 +7,15 @@ holds nothing that a client wrote: no body, no key, no header, no path.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
+import math
 import sys
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TextIO
+
+from pydantic_core import to_json
 
 from tokenizers_svc.observation import QUIET_ROUTES, RequestRecord
 
@@ -19,7 +23,6 @@ LogFormat = Literal["auto", "text", "json"]
 
 _access: Final = logging.getLogger("patchcache.access")
 _FLUSH_S: Final = 0.05
-_encode: Final = json.JSONEncoder(default=str).encode
 _CHATTY: Final = ("ray", "httpx", "httpcore", "PIL", "asyncio", "uvicorn", "opentelemetry")
 
 
@@ -100,9 +103,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        time = datetime.fromtimestamp(record.created, UTC)
+        seconds = math.floor(record.created)
         line: dict[str, Any] = {
-            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": f"{_second(seconds)}.{math.floor(1000 * (record.created - seconds)):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
         }
@@ -115,14 +118,26 @@ class JsonFormatter(logging.Formatter):
         return _encode(line)
 
 
+def _encode(line: dict[str, Any]) -> str:
+    """Return JSON in ASCII, which every stream can take."""
+    try:
+        text = to_json(line, fallback=str)
+    except ValueError:  # half of a surrogate pair, as in names of files that are not UTF-8
+        return json.dumps(line, default=str)
+    return text.decode() if text.isascii() else json.dumps(line, default=str)
+
+
+@functools.lru_cache(2)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
 def log_request(record: RequestRecord) -> None:
     """Write the line of one request: an observer of `Observation`."""
     if record.route in QUIET_ROUTES or not _access.isEnabledFor(logging.INFO):
         return
     # Not `info`, which walks the stack for the line that called it, at every request.
-    level = {"levelno": logging.INFO, "levelname": "INFO"}
-    line = {"name": _access.name, **level, "msg": _Line(record)}
-    _access.handle(logging.makeLogRecord(line))
+    _access.handle(logging.LogRecord(_access.name, logging.INFO, "", 0, _Line(record), None, None))
 
 
 class _Line:

@@ -9,7 +9,6 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -126,17 +125,16 @@ class Served:
         """The tokenizer that turns ids back into pictures, on the CPU, where it can."""
         return self.source.load_decoder()
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def hold(self) -> None:
         """Keep the model from being closed by a reload."""
         self._num_users += 1
         self._is_unused.clear()
-        try:
-            yield
-        finally:
-            self._num_users -= 1
-            if not self._num_users:
-                self._is_unused.set()
+
+    def release(self) -> None:
+        """Take back one `hold`."""
+        self._num_users -= 1
+        if not self._num_users:
+            self._is_unused.set()
 
     async def unused(self) -> None:
         """Wait until nobody uses the model."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, cast
 
+import msgpack
 import numpy as np
 from fastapi import Path, Query, Request, Response
 
@@ -36,7 +37,7 @@ from tokenizers_svc.queries import BatchQuery, TokenizeQuery, ViewQuery
 from tokenizers_svc.registry import Served
 from tokenizers_svc.schemas import FieldError
 from tokenizers_svc.service import TokenizeService, begin
-from tokenizers_svc.tokens import Key, Outcome, Picture, Tokens
+from tokenizers_svc.tokens import Key, Outcome, Picture, Timings, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def _soft(served: Served, query: TokenizeQuery, limits: Limits) -> SoftSpec | No
 
 
 def _etag(served: Served, tokens: Tokens, form: Form) -> str:
-    identity = repr((served.name, served.fingerprint, tokens)).encode()
+    identity = msgpack.packb((served.name, served.fingerprint, tokens))
     return f'"{hashlib.sha256(identity).hexdigest()[:32]}-{form}"'
 
 
@@ -213,13 +214,15 @@ def timing_headers(read_s: float, outcomes: Sequence[Outcome]) -> dict[str, str]
     """Return where the time went; of several pictures, the longest of each."""
     timings = [outcome.timings for outcome in outcomes if outcome.timings is not None]
     parts = [f"read;dur={1000 * read_s:.2f}"]
+    headers = {}
     if timings:
-        for name in ("decode", "queue", "infer"):
-            longest = max(getattr(timing, f"{name}_s") for timing in timings)
-            parts.append(f"{name};dur={1000 * longest:.2f}")
+        longest = Timings(*map(max, zip(*timings, strict=True)))
+        parts += (
+            f"decode;dur={1000 * longest.decode_s:.2f}",
+            f"queue;dur={1000 * longest.queue_s:.2f}",
+            f"infer;dur={1000 * longest.infer_s:.2f}",
+        )
+        headers["X-Batch-Size"] = str(longest.batch_size)
     if len(timings) < len(outcomes):
         parts.append("cache;desc=hit")
-    headers = {"Server-Timing": ", ".join(parts)}
-    if timings:
-        headers["X-Batch-Size"] = str(max(timing.batch_size for timing in timings))
-    return headers
+    return {"Server-Timing": ", ".join(parts), **headers}

@@ -9,14 +9,12 @@ everyone, nor in the batch, where it would hold up the device.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from starlette.requests import Request
 from torch import Tensor
@@ -114,9 +112,10 @@ class TokenizeService:
         reasons = (self._why_not_serving(served) for served in self.registry)
         return next((reason for reason in reasons if reason is not None), None)
 
-    @contextlib.contextmanager
-    def admit(self, served: Served, upload: Upload) -> Iterator[Place]:
-        """Hold places for one picture and for a body; the body may tell of more pictures.
+    def admit(self, served: Served, upload: Upload) -> Place:
+        """Return a place for one picture and for a body; the body may tell of more pictures.
+
+        The model is kept from being closed by a reload until the place is given back.
 
         Raises:
             ProblemError: 429, there is no room; 503, there is no tokenizer at work.
@@ -124,9 +123,10 @@ class TokenizeService:
         reason = self._why_not_serving(served)
         if reason is not None:
             raise not_ready(reason)
-        with self.door.admit(num_bytes=upload.length or 0) as place, served.in_use():
-            upload.place = place
-            yield place
+        place = self.door.admit(num_bytes=upload.length or 0, on_leaving=served.release)
+        served.hold()
+        upload.place = place
+        return place
 
     async def tokenize(self, served: Served, picture: Picture, soft: SoftSpec | None) -> Outcome:
         """Return the token ids of one view of a picture.
@@ -162,9 +162,8 @@ class TokenizeService:
             raise not_ready("The tokenizer has stopped.") from None
         except DeadlinePassedError:
             raise deadline_passed(self.limits.request_deadline_s) from None
-        ids = np.array(found.ids, "<u2")
-        self.metrics.note_ids(served.name, served.codebook, ids)
-        tokens = Tokens(ids.tobytes(), *facts[0], _soft_tokens(found.soft, soft))
+        self.metrics.note_ids(served.name, served.codebook, found.ids)
+        tokens = Tokens(found.ids.tobytes(), *facts[0], _soft_tokens(found.soft, soft))
         timings = Timings(found.decode_s, found.queue_s, found.infer_s, found.batch_size)
         return Outcome(tokens, timings)
 
@@ -209,5 +208,4 @@ def not_ready(reason: str) -> ProblemError:
 def _soft_tokens(found: SoftIds | None, soft: SoftSpec | None) -> SoftTokens | None:
     if found is None or soft is None:
         return None
-    probabilities = np.array(found.probabilities, "<f2").tobytes()
-    return SoftTokens(soft.top_k, np.array(found.ids, "<u2").tobytes(), probabilities)
+    return SoftTokens(soft.top_k, found.ids.tobytes(), found.probabilities.tobytes())

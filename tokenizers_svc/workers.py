@@ -20,7 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokenizers_svc.batch_reports import BatchReport, Books
 from tokenizers_svc.encoding import Found, Outcome, SoftIds, Tokenizer, encode_batch, run_blank
@@ -34,7 +36,7 @@ _JOIN_S = 2.0
 class TokenIds(NamedTuple):
     """The ids of one picture, and what they cost."""
 
-    ids: list[int]  # flat, row-major
+    ids: NDArray[np.uint16]  # flat, row-major, little-endian
     soft: SoftIds | None  # if it was asked for
     decode_s: float  # 0 for a picture that came decoded
     queue_s: float  # waiting for a decoder and for the tokenizer

@@ -234,6 +234,16 @@ def process(code, *arguments):
             running.kill()
 
 
+def ids_of(view):
+    """What the library says of a view."""
+    return make_tokenizer().encode(view[None])[0].flatten().tolist()
+
+
+def ids_in(answers):
+    """The ids of every answer of a batcher."""
+    return [answer.ids.tolist() for answer in answers]
+
+
 def make_views(num_views, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (num_views, 3, RULE.size, RULE.size)

@@ -8,7 +8,12 @@ import weakref
 import pytest
 import torch
 
-from tests.tokenizers_svc.support import WatchedTokenizer, make_tokenizer, make_views
+from tests.tokenizers_svc.support import (
+    WatchedTokenizer,
+    ids_in,
+    ids_of,
+    make_views,
+)
 from tests.tokenizers_svc.test_batcher import MAX_BATCH, Started, fill
 from tokenizers_svc.batch_reports import BatchReport
 from tokenizers_svc.encoding import encode_batch
@@ -18,11 +23,6 @@ from tokenizers_svc.workers import DeadlinePassedError, WorkerStoppedError
 
 TWO_LANES = Crew(num_lanes=2, num_turns=2, torch_threads=1)
 TAKING_TURNS = Crew(num_lanes=2, num_turns=1)
-
-
-def ids_of(view):
-    """What the library says."""
-    return make_tokenizer().encode(view[None])[0].flatten().tolist()
 
 
 async def until(is_so):
@@ -62,7 +62,7 @@ def test_lanes_run_batches_at_the_same_time():
             second = asyncio.ensure_future(batcher.encode(two))
             await until(lambda: len(tokenizer.batch_sizes) == 2)
             tokenizer.may_run.set()
-            assert [(await first).ids, (await second).ids] == [ids_of(one), ids_of(two)]
+            assert ids_in([await first, await second]) == [ids_of(one), ids_of(two)]
 
     asyncio.run(scenario())
 
@@ -122,7 +122,7 @@ def test_the_next_batch_grows_while_the_device_is_busy_and_never_joins_it():
             tokenizer.may_run.set()
             answers = await asyncio.gather(*tasks, *later)
             views = [*make_views(1), *make_views(1, 1), *make_views(2, 5)]
-            assert [answer.ids for answer in answers] == [ids_of(view) for view in views]
+            assert ids_in(answers) == [ids_of(view) for view in views]
             assert [answer.batch_size for answer in answers] == [1, 3, 3, 3]
         assert tokenizer.batch_sizes == [1, 3]
 
@@ -140,7 +140,7 @@ def test_a_picture_that_leaves_a_batch_before_its_turn_is_not_tokenised():
             tokenizer.may_run.set()
             answers = await asyncio.gather(*tasks, return_exceptions=True)
             views = make_views(3, seed=1)
-            assert [answer.ids for answer in answers[2:]] == [ids_of(view) for view in views[1:]]
+            assert ids_in(answers[2:]) == [ids_of(view) for view in views[1:]]
             assert batcher.stats().num_late == 1
         assert tokenizer.batch_sizes == [1, 2]
 
@@ -167,7 +167,7 @@ def test_files_are_decoded_in_threads_and_a_bad_one_fails_alone(crew, thread):
             *answers, failure = await asyncio.gather(
                 *work, batcher.tokenize(bad), return_exceptions=True
             )
-            assert [answer.ids for answer in answers] == [ids_of(view) for view in views]
+            assert ids_in(answers) == [ids_of(view) for view in views]
             assert all(answer.decode_s > 0 and answer.queue_s >= 0 for answer in answers)
             assert str(failure) == "not a picture"
 
@@ -240,7 +240,7 @@ def test_where_memory_is_short_batches_are_halved_from_there_on(caplog):
                 tokenizer.may_run.set()
                 answers = await asyncio.gather(*tasks)
                 views = [*make_views(1), *make_views(4, seed=1)]
-                assert [answer.ids for answer in answers] == [ids_of(view) for view in views]
+                assert ids_in(answers) == [ids_of(view) for view in views]
                 assert tokenizer.batch_sizes == ([1, 4, 2, 2] if seed == 1 else [1, 2, 2])
                 assert batcher.stats().max_batch == 2
                 tokenizer.batch_sizes.clear()
@@ -265,7 +265,7 @@ def test_what_a_run_without_memory_had_allocated_is_free_before_its_halves_run()
 
     tokenizer = Hungry()
     encoded = encode_batch(tokenizer, torch.stack([*make_views(5)]), [None] * 5)
-    assert [found.ids for found in encoded.outcomes] == [ids_of(view) for view in make_views(5)]
+    assert ids_in(encoded.outcomes) == [ids_of(view) for view in make_views(5)]
     assert tokenizer.batch_sizes == [2, 1, 2]  # of 5 and of 3 there was no memory
     assert tokenizer.num_held == [0] * 5
 

@@ -37,8 +37,16 @@ _SMALL_TILE: Final = 1 << 20  # pixels; a tile may be larger than the largest pi
 
 _SEQUENTIAL_FRAMES: Final = (0xC0, 0xC1, 0xC9)
 _PROGRESSIVE_FRAMES: Final = (0xC2, 0xCA)
+_FRAMES: Final = frozenset(_SEQUENTIAL_FRAMES + _PROGRESSIVE_FRAMES)
+_SEGMENT: Final = struct.Struct(">BBH")  # 0xff, marker, length
+_FRAME: Final = struct.Struct(">BHHB")  # bits, height, width, components
+_SECOND_APP: Final = 0xE2
 _START_OF_SCAN: Final = 0xDA
 _END_OF_IMAGE: Final = 0xD9
+# Huffman-coded frames, the tables and the restart interval, applications' own, comments.
+_PLAIN_MARKERS: Final = frozenset(
+    (0xC0, 0xC1, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
+)
 _IN_A_SCAN: Final = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # a marker that ends a scan
 _MARKER: Final = re.compile(rb"\xff+[^\x00\xff]")
 
@@ -53,19 +61,29 @@ _TIFF_STARTS: Final = (
 )  # fmt: skip
 
 
-def check_header(data: bytes, *, max_pixels: int) -> None:
+class JpegFrame(NamedTuple):
+    """The size that a plain JPEG has as it is stored: 8 bits, greyscale or of three components."""
+
+    width: int
+    height: int
+
+
+def check_header(data: bytes, *, max_pixels: int) -> JpegFrame | None:
     """Refuse a file that would cost more than its pixels.
 
     Args:
         data: An encoded image, whole.
         max_pixels: Largest width x height that is decoded; no tile may be larger.
 
+    Returns:
+        What a JPEG says of its picture, if every decoder reads it so; None for all else.
+
     Raises:
         ImageError: It would; the message says what there is too much of.
     """
     if data.startswith(b"\xff\xd8"):
-        _check_jpeg(data)
-    elif data.startswith(b"\x89PNG"):
+        return _check_jpeg(data)
+    if data.startswith(b"\x89PNG"):
         _check_png(data)
     elif data.startswith(b"GIF8"):
         _check_gif(data)
@@ -73,23 +91,53 @@ def check_header(data: bytes, *, max_pixels: int) -> None:
         _check_bmp(data)
     elif data.startswith(_TIFF_STARTS):
         _check_tiff(data, max_pixels)
+    return None
 
 
 def _refuse_more_than(limit: int, what: str) -> ImageError:
     return ImageError(f"more than {limit:,} {what}: no picture needs them; save it anew")
 
 
-def _check_jpeg(data: bytes) -> None:
-    if _is_of_one_scan(data):
-        return
+def _check_jpeg(data: bytes) -> JpegFrame | None:
+    frame, is_of_one_scan = _read_plain(data) or (None, _is_of_one_scan(data))
     # Two bytes that look like a scan also occur in previews and profiles, so that only a file with
     # many of them is looked at marker by marker.
-    if data.count(b"\xff\xda") > _MAX_SCANS:
+    if not is_of_one_scan and data.count(b"\xff\xda") > _MAX_SCANS:
         num_scans = 0
         for number, (marker, _) in enumerate(_segments(data)):
             num_scans += marker == _START_OF_SCAN
             if num_scans > _MAX_SCANS or number >= _MAX_CHUNKS:
                 raise _refuse_more_than(_MAX_SCANS, "JPEG scans")
+    return frame
+
+
+def _read_plain(data: bytes) -> tuple[JpegFrame, bool] | None:
+    """Return the frame of a JPEG, and whether the first scan brings all of the picture.
+
+    None is a file that leaves room for another reading: bytes between segments, markers that
+    photographs do not have, several frames, an index of further pictures.
+    """
+    position, num_components = 2, 0
+    frame: JpegFrame | None = None
+    is_sequential = False
+    for _ in range(_MAX_SEGMENTS):
+        if position + 12 > len(data):
+            return None
+        lead, marker, length = _SEGMENT.unpack_from(data, position)
+        if lead != 0xFF or marker not in _PLAIN_MARKERS:
+            return None
+        if marker == _START_OF_SCAN:
+            return frame and (frame, is_sequential and data[position + 4] == num_components)
+        if marker in _FRAMES:
+            bits, height, width, num_components = _FRAME.unpack_from(data, position + 4)
+            is_usual = bits == 8 and height and width and num_components in (1, 3)
+            if frame is not None or not is_usual:
+                return None
+            frame, is_sequential = JpegFrame(width, height), marker in _SEQUENTIAL_FRAMES
+        elif marker == _SECOND_APP and data.startswith(b"MPF\0", position + 4):
+            return None
+        position += 2 + length
+    return None
 
 
 def _is_of_one_scan(data: bytes) -> bool:

@@ -43,7 +43,6 @@ MAX_PIXELS: Final = 89_478_485  # Pillow's own warning threshold, 256 MiB of RGB
 
 _BAND_PIXELS: Final = 1 << 20
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_DIRECT: Final = ("RGB", "L")  # modes of a JPEG that torchcodec decodes
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 # What decoders raise on damaged files is not documented; all of it means the same.
 _DECODER_ERRORS: Final = (
@@ -72,8 +71,8 @@ def decode(data: bytes) -> Tensor:
     """Return the picture in `data` as upright RGB.
 
     The size is read from the header and checked before a pixel is decoded, and so is what makes a
-    small file costly (`cache_builder.image_headers`). JPEG in RGB or greyscale is decoded by
-    torchcodec, everything else by Pillow; both use libjpeg-turbo and give the same pixels.
+    small file costly (`cache_builder.image_headers`). Plain JPEG in colour or greyscale is decoded
+    by torchcodec, everything else by Pillow; both use libjpeg-turbo and give the same pixels.
 
     Args:
         data: An encoded image: JPEG, PNG, WebP, GIF, BMP or TIFF.
@@ -109,8 +108,14 @@ class EncodedImage:
             raise ImageError("the file is empty")
         self._data = data
         self._max_pixels = max_pixels
+        self._image: Image.Image | None = None  # for Pillow to decode
         with _as_image_errors():
-            check_header(data, max_pixels=max_pixels)
+            frame = check_header(data, max_pixels=max_pixels)
+            if frame is not None and _decode_jpeg is not None:
+                self.format = "JPEG"
+                self.width, self.height = frame
+                return
+            # Of all that is not a plain JPEG, Pillow knows the many ways to be unusual.
             self._image = Image.open(io.BytesIO(data), formats=_FORMATS)
         self.format = str(self._image.format)
         self.width, self.height = self._image.size
@@ -134,13 +139,13 @@ class EncodedImage:
                 num_pixels=self.num_pixels,
             )
         image = self._image
-        del self._image  # Pillow would keep what it decodes, as large as the result
+        self._image = None  # Pillow would keep what it decodes, as large as the result
         with _as_image_errors():
-            if _decode_jpeg is not None and self.format == "JPEG" and image.mode in _DIRECT:
-                # Of bytes torchcodec makes a tensor under changed filters of warnings, which are
-                # those of the process: threads that decode at once would leave them changed.
-                return _decode_jpeg(torch.frombuffer(bytearray(self._data), dtype=torch.uint8))
-            return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
+            if image is not None:
+                return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
+            # Of bytes torchcodec makes a tensor under changed filters of warnings, which are those
+            # of the process: threads that decode at once would leave them changed.
+            return _decode_jpeg(torch.frombuffer(bytearray(self._data), dtype=torch.uint8))
 
 
 def apply_view(

@@ -151,6 +151,67 @@ def test_damaged_heads_are_left_to_the_decoder():
                 continue
 
 
+PLAIN = {
+    "colour": lambda: encode(PHOTO, "JPEG"),
+    "progressive": lambda: encode(PHOTO, "JPEG", progressive=True),
+    "greyscale": lambda: encode(PHOTO[..., 0], "JPEG"),
+    "with a profile": lambda: encode(PHOTO, "JPEG", icc_profile=bytes(100_000)),
+    "with a comment": lambda: with_segment(hostile.segment(0xFE, b"\xff\xda" * 20_000)),
+}
+AMBIGUOUS = {
+    "four components": lambda: encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG"),
+    "bytes between segments": lambda: with_segment(b"\0\0"),
+    "an index of further pictures": lambda: with_segment(hostile.segment(0xE2, b"MPF\0\0\0")),
+    "two frames": lambda: with_segment(
+        hostile.segment(0xC0, b"\x08\0\x09\0\x07\x03\1\x22\0\2\x11\1\3\x11\1")
+    ),
+    "a marker of arithmetic coding": lambda: with_segment(hostile.segment(0xCC, b"\0\0")),
+    "no scan": lambda: encode(PHOTO, "JPEG").partition(b"\xff\xda")[0],
+    "a png": lambda: encode(PHOTO, "PNG"),
+}
+
+
+def with_segment(content):
+    """A JPEG with something before its first segment."""
+    data = encode(PHOTO, "JPEG")
+    return data[:2] + content + data[2:]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_plain_jpeg_tells_its_size(kind):
+    assert check_header(PLAIN[kind](), max_pixels=MAX_PIXELS) == (56, 40)
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_a_head_that_could_be_read_in_two_ways_is_left_to_pillow(kind):
+    assert check_header(AMBIGUOUS[kind](), max_pixels=MAX_PIXELS) is None
+
+
+def test_a_picture_has_the_size_that_its_head_was_admitted_with():
+    rng = np.random.default_rng(0)
+    num_decoded = 0
+    for make in PLAIN.values():
+        data = make()
+        for _ in range(200):
+            damaged = bytearray(data)
+            for place in rng.integers(2, min(700, len(data)), 2):
+                damaged[place] = rng.integers(256)
+            with contextlib.suppress(ImageError):
+                image = EncodedImage(bytes(damaged), max_pixels=1_000_000)
+                _, height, width = image.decode().shape
+                assert {width, height} == {image.width, image.height}
+                num_decoded += 1
+    assert num_decoded > 200
+
+
+@pytest.mark.skipif(imaging._decode_jpeg is None, reason="torchcodec is not installed")
+def test_pillow_does_not_open_what_torchcodec_decodes(monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    assert decode(encode(PHOTO, "JPEG")).shape == (3, 40, 56)
+    with pytest.raises(ImageError):
+        decode(encode(PHOTO, "PNG"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_a_dictionary_of_gigabytes_is_no_reason_to_hold_them():
     """LZMA announces how much memory it wants: here 1.5 GB for 64 bytes."""

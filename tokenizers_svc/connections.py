@@ -31,6 +31,7 @@ import httptools
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from tokenizers_svc.corked import Corked
 from tokenizers_svc.exchange import HANG_UP, HangUp
 from tokenizers_svc.heads import (
     MAX_FIELDS,
@@ -154,6 +155,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._num_unparsed_bytes = length_of(self.headers)
         super().on_headers_complete()
+        self.cycle.transport = cast(asyncio.Transport, Corked(self.transport))
         # uvicorn reads no further while requests wait, and would not see that the client has gone.
         self.flow.resume_reading()
         self._unanswered.append(self.cycle)
@@ -202,7 +204,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on to the next request, to the refusal of it, or to the end of an unwanted body."""
-        self._unanswered.popleft()
+        cast(Corked, self._unanswered.popleft().transport).flush()
         super().on_response_complete()
         if self.transport.get_write_buffer_size():
             self._watch_sending()

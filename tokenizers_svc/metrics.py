@@ -11,6 +11,7 @@ codes of problems; a client cannot add to them.
 import asyncio
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
@@ -149,21 +150,22 @@ class CodebookUsage:
     def __init__(self, codebook: Codebook) -> None:
         """Begin with nothing seen."""
         self.codebook = codebook
-        shape = (codebook.num_stages, codebook.vocab_size)
-        self._last_use = np.full(shape, -USAGE_WINDOW - 1, np.int64)
-        self._num_pictures = 0
+        self._seen: deque[NDArray[np.integer]] = deque(maxlen=USAGE_WINDOW)
 
     def add(self, token_ids: NDArray[np.integer]) -> None:
-        """Note the ids of a picture, (rows, cols[, M]) or flat in that order."""
-        self._num_pictures += 1
-        num_stages = len(self._last_use)
-        by_stage = token_ids.reshape(-1, num_stages)
-        for stage in range(num_stages):
-            self._last_use[stage, by_stage[:, stage]] = self._num_pictures
+        """Note the ids of a picture, (rows, cols[, M]) or flat in that order; they are kept."""
+        self._seen.append(token_ids)
 
     def ratio(self) -> float:
         """Return the share of ids among the last `USAGE_WINDOW` pictures, over all stages."""
-        return float((self._last_use > self._num_pictures - USAGE_WINDOW).mean())
+        num_stages = self.codebook.num_stages
+        is_used = np.zeros((num_stages, self.codebook.vocab_size), bool)
+        seen = list(self._seen)  # it may be added to meanwhile
+        if seen:
+            flat = np.concatenate(seen, axis=None)
+            for stage in range(num_stages):
+                is_used[stage, flat[stage::num_stages]] = True
+        return float(is_used.mean())
 
 
 class _Maker:

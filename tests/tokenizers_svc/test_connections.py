@@ -1,5 +1,6 @@
 """Slow and rude clients, on real sockets: nothing waits without an end, and nobody else suffers."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -83,13 +84,21 @@ def pieces_received():
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
+    with running(app) as connection:
+        yield connection, sizes
+
+
+@contextlib.contextmanager
+def running(app):
+    """A connection to a server of an application."""
     config = bounded_config(app, Limits().resolved(on_cpu=True, num_cores=1), lifespan="off")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
-            yield socket.create_connection(listener.getsockname()), sizes
+            with socket.create_connection(listener.getsockname(), timeout=20) as connection:
+                yield connection
         finally:
             server.should_exit = True
             thread.join()
@@ -97,7 +106,7 @@ def pieces_received():
 
 @pytest.mark.parametrize(("num_bytes", "num_pieces"), [(150_000, 1), (1_000_000, 4)])
 def test_a_body_with_a_length_comes_in_as_few_pieces_as_it_may(num_bytes, num_pieces):
-    with pieces_received() as (connection, sizes), connection:
+    with pieces_received() as (connection, sizes):
         connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % num_bytes)
         for _ in range(num_bytes // 10_000):
             connection.sendall(bytes(10_000))
@@ -106,8 +115,47 @@ def test_a_body_with_a_length_comes_in_as_few_pieces_as_it_may(num_bytes, num_pi
     assert len(sizes) <= num_pieces
 
 
+@contextlib.contextmanager
+def answering(*messages):
+    """A connection to a service that sends the same messages to everyone."""
+
+    async def app(scope, receive, send):
+        for message in messages:
+            await send({"type": "http.response.body", **message})
+            await asyncio.sleep(0.05)
+
+    with running(app) as connection:
+        yield connection
+
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]}
+FOREVER = {"type": "http.response.start", "status": 200, "headers": []}
+
+
+def test_the_head_of_an_answer_comes_with_its_body():
+    with answering(START, {"body": b"ab", "more_body": True}, {"body": b"cd"}) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        first = connection.recv(1000)
+        assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert first.endswith(b"\r\n\r\nab")
+        assert connection.recv(1000) == b"cd"
+
+
+def test_a_head_without_a_body_comes_when_the_answer_ends():
+    with answering(START, {}) as connection:
+        for _ in range(2):
+            connection.sendall(b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(1000).endswith(b"content-length: 4\r\n\r\n")
+
+
+def test_a_head_whose_body_never_comes_is_sent_before_the_connection_is_closed():
+    with answering(FOREVER) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 def test_a_body_in_chunks_is_passed_on_as_it_comes():
-    with pieces_received() as (connection, sizes), connection:
+    with pieces_received() as (connection, sizes):
         connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
         wait_until(lambda: sizes == [1])
         connection.sendall(b"0\r\n\r\n")

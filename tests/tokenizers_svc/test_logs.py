@@ -116,3 +116,20 @@ def test_no_key_no_body_and_no_path_of_a_client_is_logged(log_stream):
     assert [line["status"] for line in lines if "status" in line] == [200, 404, 500]
     assert "hush" not in written(log_stream)
     assert KEY not in written(log_stream)
+
+
+def test_a_line_is_ascii_whatever_it_tells(log_stream):
+    logs.configure("json", stream=log_stream)
+    for name in ("caf\xe9", "half of a pair: \udce9"):
+        logging.getLogger("any").warning("%s", name)
+    text = written(log_stream)
+    assert text.isascii()
+    assert [json.loads(line)["message"] for line in text.splitlines()] == [
+        "caf\xe9", "half of a pair: \udce9",
+    ]  # fmt: skip
+
+
+def test_the_time_of_a_line_is_that_of_its_record():
+    record = logging.LogRecord("any", logging.INFO, "", 0, "it is", None, None)
+    record.created = 1_000_000_000.0625
+    assert json.loads(logs.JsonFormatter().format(record))["time"] == "2001-09-09T01:46:40.062Z"

@@ -134,7 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_content = False
         self._num_unwanted_bytes = 0
         super().on_message_begin()
-        cast(Any, self.scope)["extensions"] = {HANG_UP: HangUp()}
+        cast(Any, self.scope).setdefault("extensions", {})[HANG_UP] = HangUp()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a field of a head; those of a trailer come too late to be obeyed."""

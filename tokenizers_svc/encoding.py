@@ -165,7 +165,8 @@ def _soften(tokenizer: Tokenizer, views: Tensor, soft: SoftSpec) -> list[Found]:
     ids = softened.ids.reshape(len(views), -1, soft.top_k).astype("<u2", copy=False)
     shares = softened.stored.reshape(len(views), -1).astype("<f2", copy=False)
     return [
-        Found(of_view[:, 0], SoftIds(of_view.reshape(-1), probabilities))
+        # A copy: who keeps the nearest ids does not keep all the others with them.
+        Found(of_view[:, 0].copy(), SoftIds(of_view.reshape(-1), probabilities))
         for of_view, probabilities in zip(ids, shares, strict=True)
     ]
 

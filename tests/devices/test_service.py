@@ -29,4 +29,4 @@ def test_pictures_in_batches_have_the_ids_of_each_alone(device):
         return answers
 
     for answers in asyncio.run(ask()):
-        assert [answer.ids for answer in answers] == expected
+        assert [answer.ids.tolist() for answer in answers] == expected

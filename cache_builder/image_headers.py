@@ -37,15 +37,15 @@ _SMALL_TILE: Final = 1 << 20  # pixels; a tile may be larger than the largest pi
 
 _SEQUENTIAL_FRAMES: Final = (0xC0, 0xC1, 0xC9)
 _PROGRESSIVE_FRAMES: Final = (0xC2, 0xCA)
-_FRAMES: Final = frozenset(_SEQUENTIAL_FRAMES + _PROGRESSIVE_FRAMES)
+_HUFFMAN_FRAMES: Final = (0xC0, 0xC1, 0xC2)
 _SEGMENT: Final = struct.Struct(">BBH")  # 0xff, marker, length
 _FRAME: Final = struct.Struct(">BHHB")  # bits, height, width, components
 _SECOND_APP: Final = 0xE2
 _START_OF_SCAN: Final = 0xDA
 _END_OF_IMAGE: Final = 0xD9
-# Huffman-coded frames, the tables and the restart interval, applications' own, comments.
+# Frames, their tables, scan and restart interval, applications' own, comments.
 _PLAIN_MARKERS: Final = frozenset(
-    (0xC0, 0xC1, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
+    (*_HUFFMAN_FRAMES, 0xC4, 0xDA, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
 )
 _IN_A_SCAN: Final = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # a marker that ends a scan
 _MARKER: Final = re.compile(rb"\xff+[^\x00\xff]")
@@ -128,7 +128,7 @@ def _read_plain(data: bytes) -> tuple[JpegFrame, bool] | None:
             return None
         if marker == _START_OF_SCAN:
             return frame and (frame, is_sequential and data[position + 4] == num_components)
-        if marker in _FRAMES:
+        if marker in _HUFFMAN_FRAMES:
             bits, height, width, num_components = _FRAME.unpack_from(data, position + 4)
             is_usual = bits == 8 and height and width and num_components in (1, 3)
             if frame is not None or not is_usual:

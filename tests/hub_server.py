@@ -44,6 +44,7 @@ def running_hub(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # read when it was first imported
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub = Hub()
     yield hub

@@ -8,12 +8,7 @@ import weakref
 import pytest
 import torch
 
-from tests.tokenizers_svc.support import (
-    WatchedTokenizer,
-    ids_in,
-    ids_of,
-    make_views,
-)
+from tests.tokenizers_svc.support import WatchedTokenizer, ids_in, ids_of, make_views
 from tests.tokenizers_svc.test_batcher import MAX_BATCH, Started, fill
 from tokenizers_svc.batch_reports import BatchReport
 from tokenizers_svc.encoding import encode_batch

@@ -5,11 +5,12 @@ where there are none, as on a CPU, the lanes do that too.
 
     file -> [undecoded] -> a decoder or a lane -> [views] -> a lane gathers a batch -> its turn
 
-A lane takes what is there as soon as it is free; of several lanes that run at once, each takes half
-its share, because everyone in a batch waits for the last of it. A lane that has a batch and no
-turn, because the device is busy with that of another lane, keeps adding to it until it is full or
-the turn comes: the next batch is copied together while this one runs, and nothing is bound to it
-earlier than needed. One lane at a time gathers.
+A lane takes what is there as soon as it is free. Of several lanes that run at once, each takes half
+its share, because everyone in a batch waits for the last of it; once a full batch waits, all but a
+quarter of one, because a backlog is left behind sooner in large batches. A lane that has a batch
+and no turn, because the device is busy with that of another lane, keeps adding to it until it is
+full or the turn comes: the next batch is copied together while this one runs, and nothing is bound
+to it earlier than needed. One lane at a time gathers.
 
 Lanes that decode make views as long as there are fewer than the next batch takes.
 """
@@ -36,6 +37,7 @@ class Crew(NamedTuple):
     num_turns: int = 1  # of them that may run it at once
     num_decoders: int = 0  # threads that decode; 0: the lanes do
     torch_threads: int | None = None  # of one torch operation; None leaves torch as it is
+    have_cores: bool = False  # a core for each lane, if there are as many (`cores.py`)
 
     @classmethod
     def for_device(cls, device: torch.device, *, num_lanes: int, num_decoders: int) -> "Crew":
@@ -46,7 +48,7 @@ class Crew(NamedTuple):
         would spin after each of them for longer than it takes.
         """
         if device.type == "cpu":
-            return cls(num_lanes=num_lanes, num_turns=num_lanes, torch_threads=1)
+            return cls(num_lanes, num_turns=num_lanes, torch_threads=1, have_cores=True)
         return cls(num_lanes=2, num_turns=1, num_decoders=num_decoders, torch_threads=1)
 
 
@@ -149,9 +151,7 @@ class Pending:
         self._linger_s = linger_s
         self._free_turns = crew.num_turns
         self._has_decoders = crew.num_decoders > 0
-        # A batch saves a CPU little. Half a share leaves to the other lanes what they can begin
-        # before this one would be done with it.
-        self._num_shares = 1 if crew.num_turns == 1 else 2 * crew.num_turns
+        self._num_turns = crew.num_turns
         self._is_gathering = False
         self._has_company = False  # whether the last batch held more than one
         self._decoders = threading.Condition(self.lock)
@@ -292,7 +292,13 @@ class Pending:
 
     def _share(self, num_pictures: int) -> int:
         """Return how many of the pictures that wait one batch takes."""
-        return min(self.max_batch, -(-num_pictures // self._num_shares))
+        if self._num_turns == 1:
+            return min(self.max_batch, num_pictures)
+        if num_pictures >= self.max_batch:  # a lane that is free before more come has the rest
+            return min(self.max_batch, num_pictures - self.max_batch // 4)
+        # A batch saves a CPU little. Half a share leaves to the other lanes what they can begin
+        # before this one would be done with it.
+        return -(-num_pictures // (2 * self._num_turns))
 
     def _take_undecoded(self) -> Item:
         self.num_decoding += 1

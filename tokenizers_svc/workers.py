@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from tokenizers_svc.batch_reports import BatchReport, Books
+from tokenizers_svc.cores import settle_lane
 from tokenizers_svc.encoding import Found, Outcome, SoftIds, Tokenizer, encode_batch, run_blank
 from tokenizers_svc.pending import Crew, Item, Job, Lane, Pending
 
@@ -80,7 +81,7 @@ class Workers:
         self._load = load
         self._pending = pending
         self._books = books
-        self._torch_threads = crew.torch_threads
+        self._crew = crew
         self._on_batch = on_batch
         self._tokenizer: Tokenizer | None = None
         self._has_loaded = threading.Event()  # or has failed to
@@ -143,9 +144,11 @@ class Workers:
 
     def _run_lane(self, lane: Lane) -> None:
         try:
-            if self._torch_threads is not None:
-                torch.set_num_threads(self._torch_threads)
+            if self._crew.torch_threads is not None:
+                torch.set_num_threads(self._crew.torch_threads)
             tokenizer = self._loaded(lane)
+            if self._crew.have_cores:
+                settle_lane(self._lanes.index(lane), len(self._lanes))
             while tokenizer and (task := self._pending.next_for_lane()) is not None:
                 if task == "batch":
                     self._pending.gather(lane)

@@ -63,32 +63,38 @@ def test_lanes_run_batches_at_the_same_time():
 
 
 def test_lanes_take_of_a_few_pictures_one_at_a_time():
-    pending = pending_views(4, crew=TWO_LANES)
+    pending = pending_views(4, crew=TWO_LANES, max_batch=8)
     first, second = gathered(pending), gathered(pending)
     assert torch.equal(torch.cat([first.batch(), second.batch()]), make_views(4)[:2])
     assert pending.num_waiting == 2
 
 
-def test_a_lane_takes_half_its_share_of_what_waits_up_to_a_full_batch():
-    pending = pending_views(28, crew=TWO_LANES, max_batch=6)
+def test_a_lane_takes_half_its_share_while_less_than_a_full_batch_waits():
+    pending = pending_views(7, crew=TWO_LANES, max_batch=8)
     sizes = []
     while pending.num_waiting:
         lane = gathered(pending)
         sizes.append(len(lane.items))
         pending.return_turn(lane)
-    assert sizes == [6, 6, 4, 3, 3, 2, 1, 1, 1, 1]
+    assert sizes == [2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("num_waiting", "taken"), [(8, 6), (9, 7), (10, 8), (28, 8)])
+def test_of_a_backlog_a_lane_leaves_a_quarter_of_a_batch(num_waiting, taken):
+    pending = pending_views(num_waiting, crew=TWO_LANES, max_batch=8)
+    assert len(gathered(pending).items) == taken
 
 
 def test_a_lane_that_has_its_share_does_not_linger_while_others_wait():
-    pending = pending_views(12, crew=TWO_LANES, linger_s=30)
-    assert len(gathered(pending).items) == 3
+    pending = pending_views(7, crew=TWO_LANES, max_batch=8, linger_s=30)
+    assert len(gathered(pending).items) == 2
     started = time.monotonic()
-    assert len(gathered(pending).items) == 3
+    assert len(gathered(pending).items) == 2
     assert time.monotonic() - started < 10
 
 
 def test_files_that_are_not_decoded_yet_count_for_the_share_and_are_decoded_no_further_than_it():
-    pending = Pending(TWO_LANES, max_batch=MAX_BATCH, linger_s=0)
+    pending = Pending(TWO_LANES, max_batch=16, linger_s=0)
     with pending.lock:
         for view in make_views(8):
             pending.add(Item(None, float("inf"), cut=lambda view=view: view))

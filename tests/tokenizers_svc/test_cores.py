@@ -1,0 +1,58 @@
+"""Which cores the lanes of a CPU run on."""
+
+import asyncio
+import os
+import threading
+
+import pytest
+
+from tests.tokenizers_svc.support import WatchedTokenizer
+from tests.tokenizers_svc.test_batcher import Started
+from tokenizers_svc.pending import Crew
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system binds no threads to cores"
+)
+MINE = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def settled(num_lanes, *, have_cores=True):
+    """The cores and the policy of every lane at work, and those of the thread that started them."""
+    crew = Crew(num_lanes, num_turns=num_lanes, torch_threads=1, have_cores=have_cores)
+
+    async def scenario():
+        gate = threading.Barrier(num_lanes)
+
+        def look(_):
+            gate.wait(20)  # every lane has one of these jobs
+            return tuple(sorted(os.sched_getaffinity(0))), os.sched_getscheduler(0)
+
+        async with Started(WatchedTokenizer(), crew=crew) as batcher:
+            return await asyncio.gather(*(batcher.call(look) for _ in range(num_lanes)))
+
+    lanes = asyncio.run(scenario())
+    assert sorted(os.sched_getaffinity(0)) == MINE, "the other threads stay free"
+    return sorted(lanes)
+
+
+def test_where_there_is_a_core_for_each_lane_it_stays_there_and_pushes_nobody_aside():
+    assert settled(len(MINE)) == [((core,), os.SCHED_BATCH) for core in MINE]
+
+
+@pytest.mark.skipif(len(MINE) < 2, reason="there is one core")
+def test_where_there_are_more_cores_than_lanes_the_kernel_chooses():
+    assert settled(len(MINE) - 1) == [(tuple(MINE), os.SCHED_BATCH)] * (len(MINE) - 1)
+
+
+def test_lanes_in_front_of_a_device_stay_as_they_are():
+    everywhere = (tuple(MINE), os.sched_getscheduler(0))
+    assert settled(len(MINE), have_cores=False) == [everywhere] * len(MINE)
+
+
+def test_a_system_that_refuses_is_no_reason_to_stop(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    cores = {cores for cores, _ in settled(len(MINE))}
+    assert cores == {tuple(MINE)}

@@ -34,7 +34,7 @@ from tokenizers_svc.limits import Limits
 from tokenizers_svc.logs import log_request
 from tokenizers_svc.metrics import Metrics
 from tokenizers_svc.middleware import CommonHeaders
-from tokenizers_svc.observation import Observation, Observer
+from tokenizers_svc.observation import Audience, Observation
 from tokenizers_svc.options import ServiceOptions
 from tokenizers_svc.page import page_router
 from tokenizers_svc.problems import (
@@ -80,7 +80,7 @@ def create_app(
     """
     options = options or ServiceOptions()
     metrics = Metrics(lambda: service.state())
-    observers: list[Observer] = [metrics.note_request, log_request]
+    audience = Audience(metrics.note_request, log_request)
     registry = Registry(
         name_models(options.codebooks if codebooks is None else codebooks, model),
         device=device or options.device,
@@ -108,7 +108,7 @@ def create_app(
     )
     app.state.service = service
     app.state.access = access
-    app.state.observers = observers
+    app.state.audience = audience
     app.add_middleware(AccessControl, access=access)
     # Outside of the keys: a browser asks whether it may before it sends one.
     app.add_middleware(allow_origins, origins=options.access.cors_origins)
@@ -117,7 +117,7 @@ def create_app(
         fingerprint=lambda: registry.default.fingerprint,
         is_draining=lambda: service.is_draining,
     )
-    app.add_middleware(Observation, observers=observers)
+    app.add_middleware(Observation, audience=audience)
     routes.add_all(app)
     if options.page:
         app.include_router(page_router(has_docs=options.docs))
@@ -136,6 +136,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         watching.cancel()
         await service.close()
+        app.state.audience.tell()
 
 
 def _num_cores() -> int:

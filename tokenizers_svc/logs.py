@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TextIO
 
@@ -137,7 +138,9 @@ def log_request(record: RequestRecord) -> None:
     if record.route in QUIET_ROUTES or not _access.isEnabledFor(logging.INFO):
         return
     # Not `info`, which walks the stack for the line that called it, at every request.
-    _access.handle(logging.LogRecord(_access.name, logging.INFO, "", 0, _Line(record), None, None))
+    line = logging.LogRecord(_access.name, logging.INFO, "", 0, _Line(record), None, None)
+    line.created -= time.perf_counter() - record.ended  # the moment of the request, not of the line
+    _access.handle(line)
 
 
 class _Line:

@@ -2,16 +2,19 @@
 
 One middleware around everything opens a record; the code that serves the request adds what it
 knows; metrics, the access log and tracing are observers that read the record once, at the end. So
-a request pays for one layer, whatever is switched on, and no handler knows who listens.
+a request pays for one layer, whatever is switched on, and no handler knows who listens. They hear
+of what ended in the last twentieth of a second in one go: what they do for one request alone costs
+as much as the request, because whoever had the core before them left nothing of theirs in its cache.
 
 A record holds sizes, names and times, and nothing that a client wrote: no body, no header, no
 query, not even the path, only the template of the route that took it.
 """
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST: Final = 499
 UNMATCHED: Final = "unmatched"
 QUIET_ROUTES: Final = frozenset({"/healthz", "/readyz", "/metrics"})  # neither logged nor traced
+_TOLD_AFTER_S: Final = 0.05
 StageName = Literal["read", "decode", "queue", "infer"]
 
 
@@ -75,16 +79,47 @@ class RequestRecord:
 Observer = Callable[[RequestRecord], None]
 
 
+class Audience:
+    """Who hears of requests, some time after they have ended."""
+
+    def __init__(self, *observers: Observer) -> None:
+        """Begin with these; they are called in the event loop and must not wait."""
+        self._observers = list(observers)
+        self._ended: list[RequestRecord] = []
+        self._due_in: asyncio.AbstractEventLoop | None = None  # where `tell` is to be called
+
+    def add(self, observer: Observer) -> None:
+        """Let one more hear of every request that ends from now on."""
+        self.tell()
+        self._observers.append(observer)
+
+    def note(self, record: RequestRecord) -> None:
+        """Tell of a request within a twentieth of a second."""
+        self._ended.append(record)
+        loop = asyncio.get_running_loop()
+        if loop is not self._due_in:
+            self._due_in = loop
+            loop.call_later(_TOLD_AFTER_S, self.tell)
+
+    def tell(self) -> None:
+        """Tell everybody of every request that has ended."""
+        self._due_in = None
+        ended, self._ended = self._ended, []
+        for observer in self._observers:
+            for record in ended:
+                try:
+                    observer(record)
+                except Exception:
+                    logger.exception("an observer of requests failed")
+
+
 class Observation:
     """Pure ASGI middleware: a record for every HTTP request, as `request.state.record`."""
 
-    def __init__(self, app: ASGIApp, *, observers: Sequence[Observer]) -> None:
-        """Wrap `app`; `observers` are called in the event loop and must not wait.
-
-        The sequence is looked at after every request, so that one may join later.
-        """
+    def __init__(self, app: ASGIApp, *, audience: Audience) -> None:
+        """Wrap `app`; `audience` hears of every request."""
         self._app = app
-        self._observers = observers
+        self._audience = audience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -122,14 +157,7 @@ class Observation:
             record.ended = time.perf_counter()
             record.request_id = scope["state"].get("request_id", "")
             record.route = getattr(scope.get("route"), "path", UNMATCHED)
-            self._tell(record)
-
-    def _tell(self, record: RequestRecord) -> None:
-        for observer in self._observers:
-            try:
-                observer(record)
-            except Exception:
-                logger.exception("an observer of requests failed")
+            self._audience.note(record)
 
 
 _PROBLEM: Final = MEDIA_TYPE.encode()

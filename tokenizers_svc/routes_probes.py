@@ -55,6 +55,7 @@ async def check_readiness(request: Request) -> Health:
 async def tell_metrics(request: Request) -> Response:
     """Return what the service has counted; docs/service-operations.md lists the names."""
     service: TokenizeService = request.app.state.service
+    request.app.state.audience.tell()  # the metrics are among it
     content, media_type = service.metrics.render(field_of(request.scope, b"accept", ""))
     return Response(content, headers={"Content-Type": media_type})
 

@@ -121,6 +121,7 @@ def run_app(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> None:
         while thread.is_alive():
             if next_signal(signals, _POLL_S) in (signal.SIGTERM, signal.SIGINT):
                 server.force_exit = True
+        app.state.audience.tell()  # a server that is forced does not
     if complaint is None:
         _raise_failure(service, was_asked=was_asked)
     if service.is_worker_alive:
@@ -157,7 +158,7 @@ def _traced(app: FastAPI, endpoint: str | None) -> Iterator[None]:
         yield
         return
     tracer = make_tracer(endpoint)
-    app.state.observers.append(tracer.trace_request)
+    app.state.audience.add(tracer.trace_request)
     try:
         yield
     finally:

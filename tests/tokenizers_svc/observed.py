@@ -7,7 +7,7 @@ import httpx
 from fastapi import FastAPI, Request
 
 from tokenizers_svc.health import ModelState
-from tokenizers_svc.observation import Observation
+from tokenizers_svc.observation import Audience, Observation
 from tokenizers_svc.problems import ProblemError, problem_response
 
 MODEL = ModelState(
@@ -38,7 +38,21 @@ def make_app(*observers):
     async def fail():
         raise ValueError("a reason")
 
-    return Observation(app, observers=observers)
+    return told(app, observers)
+
+
+def told(app, observers):
+    """`app`, whose requests have been told of to the observers before anybody goes on."""
+    audience = Audience(*observers)
+    observed = Observation(app, audience=audience)
+
+    async def call(*arguments):
+        try:
+            await observed(*arguments)
+        finally:
+            audience.tell()
+
+    return call
 
 
 def ask(app, method, path, **options):

@@ -6,9 +6,9 @@ import httpx
 import pytest
 from fastapi import Response
 
+from tests.tokenizers_svc.observed import told
 from tokenizers_svc.application import Application
 from tokenizers_svc.middleware import CommonHeaders
-from tokenizers_svc.observation import Observation
 from tokenizers_svc.problems import ProblemError, answer_problem
 from tokenizers_svc.queries import DirectRoute, NoQuery
 
@@ -38,7 +38,7 @@ def records():
 def app(records):
     app = Application(exception_handlers={ProblemError: answer_problem})
     app.add_middleware(CommonHeaders, fingerprint=lambda: "f" * 64, is_draining=lambda: False)
-    app.add_middleware(Observation, observers=[records.append])
+    app.add_middleware(told, observers=[records.append])
     for path, endpoint in {
         "/echo": echo, "/names/{name}": name, "/refuse": refuse, "/fail": fail,
     }.items():  # fmt: skip

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.tokenizers_svc.observed import MODEL, ask, make_app
+from tests.tokenizers_svc.observed import MODEL, ask, make_app, told
 from tests.tokenizers_svc.support import make_codebook
 from tokenizers_svc.batch_reports import BatchReport
 from tokenizers_svc.health import ServiceState
 from tokenizers_svc.metrics import CodebookUsage, Metrics
-from tokenizers_svc.observation import Observation
 
 STATE = ServiceState(True, 5, 1000, 2, 8, 9, (MODEL,))
 
@@ -57,7 +56,7 @@ def test_a_request_whose_client_left_before_the_answer_is_cancelled():
     metrics = Metrics(lambda: STATE)
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(Observation(hang_up, observers=[metrics.note_request])(scope, None, None))
+        asyncio.run(told(hang_up, [metrics.note_request])(scope, None, None))
     found = samples(metrics)
     assert found["patchcache_cancelled_total", ""] == 1
     assert found["patchcache_http_requests_total", "GET", "unmatched", "499"] == 1

@@ -306,9 +306,9 @@ def test_the_command_logs_json_in_a_pipe_and_answers_metrics_at_a_port_of_their_
             with make_client(url) as client, make_client("http://ignored") as other:
                 wait_ready(client)
                 assert post(client, jpeg()).json()["model"] == "mine"
-                assert (
-                    'patchcache_images_total{model="mine"} 1.0'
-                    in other.get(metrics.removeprefix("metrics at ")).text
+                metrics_url = metrics.removeprefix("metrics at ")
+                wait_until(
+                    lambda: 'images_total{model="mine"} 1.0' in other.get(metrics_url).text
                 )
             running.send_signal(signal.SIGTERM)
             lines += [json.loads(text) for text in running.stderr]

@@ -3,8 +3,8 @@
 One middleware around everything opens a record; the code that serves the request adds what it
 knows; metrics, the access log and tracing are observers that read the record once, at the end. So
 a request pays for one layer, whatever is switched on, and no handler knows who listens. They hear
-of what ended in the last twentieth of a second in one go: what they do for one request alone costs
-as much as the request, because whoever had the core before them left nothing of theirs in its cache.
+of what ended in the last twentieth of a second in one go, while what they need is in the caches of
+the core, from where the lanes push it out as soon as they run.
 
 A record holds sizes, names and times, and nothing that a client wrote: no body, no header, no
 query, not even the path, only the template of the route that took it.
@@ -86,7 +86,6 @@ class Audience:
         """Begin with these; they are called in the event loop and must not wait."""
         self._observers = list(observers)
         self._ended: list[RequestRecord] = []
-        self._due_in: asyncio.AbstractEventLoop | None = None  # where `tell` is to be called
 
     def add(self, observer: Observer) -> None:
         """Let one more hear of every request that ends from now on."""
@@ -95,15 +94,12 @@ class Audience:
 
     def note(self, record: RequestRecord) -> None:
         """Tell of a request within a twentieth of a second."""
+        if not self._ended:
+            asyncio.get_running_loop().call_later(_TOLD_AFTER_S, self.tell)
         self._ended.append(record)
-        loop = asyncio.get_running_loop()
-        if loop is not self._due_in:
-            self._due_in = loop
-            loop.call_later(_TOLD_AFTER_S, self.tell)
 
     def tell(self) -> None:
         """Tell everybody of every request that has ended."""
-        self._due_in = None
         ended, self._ended = self._ended, []
         for observer in self._observers:
             for record in ended:

@@ -130,6 +130,31 @@ class Lane:
         self.staging = torch.empty(max_batch, 3, size, size, dtype=torch.uint8, pin_memory=pinned)
 
 
+class _LastFirst:
+    """Threads that wait; the last one to fall asleep is woken first, while its caches are warm."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        """Begin with nobody; every method is called with `lock` held."""
+        self._lock = lock
+        self._asleep: list[threading.Condition] = []
+
+    def wait(self) -> None:
+        """Let go of the lock until this thread is woken."""
+        bed = threading.Condition(self._lock)
+        self._asleep.append(bed)
+        bed.wait()
+
+    def notify(self) -> None:
+        """Wake one, if there is one."""
+        if self._asleep:
+            self._asleep.pop().notify()
+
+    def notify_all(self) -> None:
+        """Wake everyone."""
+        while self._asleep:
+            self.notify()
+
+
 class Pending:
     """The queues in front of the lanes."""
 
@@ -155,7 +180,7 @@ class Pending:
         self._is_gathering = False
         self._has_company = False  # whether the last batch held more than one
         self._decoders = threading.Condition(self.lock)
-        self._idle = threading.Condition(self.lock)  # lanes without work
+        self._idle = _LastFirst(self.lock)  # lanes without work
         self._gatherer = threading.Condition(self.lock)
 
     @property

@@ -4,12 +4,15 @@ import asyncio
 import io
 import json
 import logging
+import time
+from datetime import UTC, datetime
 
 import pytest
 
 from tests.tokenizers_svc.observed import ask, make_app
 from tests.tokenizers_svc.support import wait_until
 from tokenizers_svc import logs
+from tokenizers_svc.observation import RequestRecord
 
 KEY = "a-secret-key-of-32-characters-xx"
 
@@ -87,6 +90,15 @@ def test_a_pipe_gets_json_and_a_terminal_text(log_stream):
         logging.getLogger("any").warning("two\nlines")
     assert json.loads(log_stream.getvalue())["message"] == "two\nlines"
     assert terminal.getvalue() == "two\nlines\n"
+
+
+def test_a_request_has_the_time_at_which_it_ended_however_late_its_line_is(log_stream):
+    logs.configure("json", stream=log_stream)
+    now = datetime.now(UTC)
+    record = RequestRecord("POST", ended=time.perf_counter() - 60)
+    logs.log_request(record)
+    logged = datetime.fromisoformat(json.loads(written(log_stream))["time"])
+    assert 59 < (now - logged).total_seconds() < 61
 
 
 def test_probes_are_not_in_the_access_log(log_stream):

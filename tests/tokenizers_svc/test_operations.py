@@ -307,9 +307,7 @@ def test_the_command_logs_json_in_a_pipe_and_answers_metrics_at_a_port_of_their_
                 wait_ready(client)
                 assert post(client, jpeg()).json()["model"] == "mine"
                 metrics_url = metrics.removeprefix("metrics at ")
-                wait_until(
-                    lambda: 'images_total{model="mine"} 1.0' in other.get(metrics_url).text
-                )
+                wait_until(lambda: 'images_total{model="mine"} 1.0' in other.get(metrics_url).text)
             running.send_signal(signal.SIGTERM)
             lines += [json.loads(text) for text in running.stderr]
             assert running.wait(20) == 0

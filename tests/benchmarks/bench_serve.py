@@ -16,6 +16,8 @@ are none). Codebooks: 8,192 patches of the photographs, and 8,192 features of a 
 weights: what they cost, not what they are worth. Kept answers are off.
 
 Offline is decode, crop and encode in one process per core, in batches of the best of three sizes.
+`bare sockets` is what a service cannot do without (`served_bare.py`), `a queue that costs nothing`
+a simulation: the same pictures, sizes and arrivals in front of as many servers as there are cores.
 Service and client are processes of their own; `cpu` is of the service, `client` of the client, both
 in milliseconds per image, and both share the cores. A run is worth as much as the machine is quiet:
 what other processes took of it is printed too.
@@ -23,9 +25,11 @@ what other processes took of it is printed too.
 
 import argparse
 import contextlib
+import heapq
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -107,17 +111,23 @@ def cpu_table(name: str, codebook: Path, photos: list[str], seconds: float) -> T
     rates = {size: offline_rate(codebook, photos, size, seconds / 2) for size in (1, 4, 8)}
     best = max(rates, key=lambda size: rates[size])
     offline = offline_rate(codebook, photos, best, seconds)
-    bare_ms = bare_latency(codebook, photos, seconds / 2)
+    times_ms = bare_times(codebook, photos, seconds / 2)
+    bare_ms = float(np.median(times_ms))
     table.add_row(f"offline, batches of {best}", f"{offline:.1f}", "1.00", "", "", str(best))
     table.add_row("decode and encode one", "", "", f"{bare_ms:.2f}")
     max_batch = Limits().resolved(on_cpu=True, num_cores=NUM_CORES).max_batch
+    half = offline / 2
     with serving("ours", str(codebook)) as service:
-        for load in ({"concurrency": 1}, {"concurrency": 2 * max_batch}, {"rate": offline / 2}):
+        for load in ({"concurrency": 1}, {"concurrency": 2 * max_batch}, {"rate": half}):
             found = measure(service, photos, seconds, **load)
             label = " ".join(f"{key} {value:.4g}" for key, value in load.items())
             table.add_row(label, *cells(found, offline))
             if load == {"concurrency": 1}:
                 table.add_row("  over one bare", "", "", f"{found['p50_ms'] - bare_ms:+.2f}")
+    table.add_row("  a queue that costs nothing", "", "", *ideal_queue(times_ms, half))
+    with serving("bare", str(codebook)) as service:
+        found = measure(service, photos, seconds, concurrency=2 * max_batch)
+        table.add_row(f"bare sockets, concurrency {2 * max_batch}", *cells(found, offline))
     # A machine changes its pace: what came first is measured again at the end.
     again = offline_rate(codebook, photos, best, seconds)
     table.add_row("offline again", f"{again:.1f}", f"{again / offline:.2f}")
@@ -232,6 +242,8 @@ def serving(*arguments: str, python: str = sys.executable) -> Iterator[Service]:
 def _command(kind: str, *rest: str) -> list[str]:
     if kind in _PEERS:
         return [f"tests.benchmarks.served_by_{kind}", *rest]
+    if kind == "bare":
+        return ["tests.benchmarks.served_bare", *rest]
     return ["tests.benchmarks.served", kind, *rest]
 
 
@@ -269,11 +281,29 @@ def offline_rate(codebook: Path, photos: list[str], batch: int, seconds: float) 
         return float(sum(pool.starmap(_tokenize_for, tasks, chunksize=1)))
 
 
-def bare_latency(codebook: Path, photos: list[str], seconds: float) -> float:
-    """Return the median of decoding and encoding one picture in one thread, milliseconds."""
+def bare_times(codebook: Path, photos: list[str], seconds: float) -> list[float]:
+    """Return how long decoding and encoding takes in one thread, one by one, milliseconds."""
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(1, _begin, (spawn.Barrier(1), str(codebook))) as pool:
-        return float(np.median(pool.apply(_time_each, (photos, seconds))))
+        times: list[float] = pool.apply(_time_each, (photos, seconds))
+    return times
+
+
+def ideal_queue(times_ms: list[float], rate: float) -> tuple[str, str]:
+    """Return the median and the 99th percentile, ms, of a queue in front of one server per core.
+
+    Pictures come as in the open loop and are served in that order, one by one, each in the time
+    that it takes alone: what sizes and chance make of a service that costs nothing.
+    """
+    rng = random.Random(0)
+    free_at = [0.0] * NUM_CORES
+    now, latencies = 0.0, []
+    for _ in range(100_000):
+        now += 1000 * rng.expovariate(rate)
+        ended = max(now, heapq.heappop(free_at)) + rng.choice(times_ms)
+        heapq.heappush(free_at, ended)
+        latencies.append(ended - now)
+    return f"{np.percentile(latencies, 50):.2f}", f"{np.percentile(latencies, 99):.2f}"
 
 
 def _begin(barrier: Any, codebook: str) -> None:

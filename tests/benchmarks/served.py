@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.served ours CODEBOOK        ours, on the CPU
     python -m tests.benchmarks.served device               ours, on a simulated accelerator
+    python -m tests.benchmarks.served_bare CODEBOOK        next to nothing, on the CPU
     python -m tests.benchmarks.served_by_litserve PORT     a peer, on the same accelerator
     python -m tests.benchmarks.served_by_ray PORT
 

@@ -17,7 +17,6 @@ The tokenizers are loaded after the application has started, so that probes are 
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from starlette.requests import ClientDisconnect
 from tokenizers_svc import openapi, routes
 from tokenizers_svc.access import Access, AccessControl, allow_origins
 from tokenizers_svc.application import Application
+from tokenizers_svc.cores import num_cores
 from tokenizers_svc.encoding import Tokenizer
 from tokenizers_svc.exchange import answer_nobody
 from tokenizers_svc.limits import Limits
@@ -86,7 +86,7 @@ def create_app(
         device=device or options.device,
         weights=weights or options.weights,
         limits=limits or options.limits,
-        num_cores=options.num_cores or _num_cores(),
+        num_cores=options.num_cores or num_cores(),
         on_batch=metrics.note_batch,
     )
     access = Access(options.access)
@@ -137,10 +137,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching.cancel()
         await service.close()
         app.state.audience.tell()
-
-
-def _num_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

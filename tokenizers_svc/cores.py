@@ -1,4 +1,4 @@
-"""Which cores the lanes of a CPU run on.
+"""How many cores there are for the lanes of a CPU, and which of them each one runs on.
 
 A lane computes without the interpreter's lock for a millisecond at a time; the event loop works in
 between, and holds the lock while it does. Left alone, the kernel moves lanes after it from core to
@@ -7,7 +7,69 @@ middle of its work, and then nobody gets on. So each lane stays where it is, and
 """
 
 import contextlib
+import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def num_cores(
+    groups: Path = Path("/proc/self/cgroup"), mounted_at: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Return how many cores this process may use.
+
+    By its CPU set and, on Linux, by the quotas of its control groups. That is how `docker run --cpus`
+    and the limits of Kubernetes reach it: it sees every core and gets the time of a few.
+
+    Args:
+        groups: Where the kernel says in which groups this process is.
+        mounted_at: Where the groups are.
+    """
+    in_set = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quotas = [math.ceil(quota) for quota in _quotas(groups, mounted_at)]
+    return max(1, min([in_set or 1, *quotas]))
+
+
+def _quotas(groups: Path, mounted_at: Path) -> Iterator[float]:
+    """Give the quotas of this process's groups and of those around them, in cores."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, name = line.split(":", 2)
+        if number == "0":  # version 2 has one tree for everything
+            tree = mounted_at
+        elif "cpu" in controllers.split(","):
+            tree = mounted_at / controllers
+        else:
+            continue
+        # A container may see its own group as the root of the tree, under a name that is not there.
+        group = tree / name.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                yield _quota(folder)
+            if folder == tree:
+                break
+
+
+def _quota(folder: Path) -> float:
+    """Return the quota of one group.
+
+    Raises:
+        OSError: It has none.
+        ValueError: It is unlimited.
+    """
+    two = folder / "cpu.max"
+    if two.exists():
+        quota, period = two.read_text().split()
+    else:
+        quota = (folder / "cpu.cfs_quota_us").read_text()
+        period = (folder / "cpu.cfs_period_us").read_text()
+    cores = int(quota) / int(period)
+    if cores <= 0:
+        raise ValueError("no limit")
+    return cores
 
 
 def settle_lane(number: int, num_lanes: int) -> None:

@@ -1,4 +1,4 @@
-"""Which cores the lanes of a CPU run on."""
+"""How many cores there are for the lanes of a CPU, and which of them each one runs on."""
 
 import asyncio
 import os
@@ -6,8 +6,10 @@ import threading
 
 import pytest
 
+from tests.factories import write_folder
 from tests.tokenizers_svc.support import WatchedTokenizer
 from tests.tokenizers_svc.test_batcher import Started
+from tokenizers_svc.cores import num_cores
 from tokenizers_svc.pending import Crew
 
 pytestmark = pytest.mark.skipif(
@@ -56,3 +58,57 @@ def test_a_system_that_refuses_is_no_reason_to_stop(monkeypatch):
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     cores = {cores for cores, _ in settled(len(MINE))}
     assert cores == {tuple(MINE)}
+
+
+def num_cores_in(folder, content):
+    """How many cores there are where the kernel's files hold `content`."""
+    write_folder(folder, {name: text.encode() for name, text in content.items()})
+    return num_cores(folder / "self", folder / "groups")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({"self": "0::/\n", "groups/cpu.max": "100000 100000\n"}, id="a container"),
+        pytest.param(
+            {
+                "self": "0::/a/b\n",
+                "groups/a/cpu.max": "50000 100000",
+                "groups/a/b/cpu.max": "max 9",
+            },
+            id="a service within a slice",
+        ),
+        pytest.param(
+            {
+                "self": "3:cpuset:/\n2:cpu,cpuacct:/docker/0a\n",
+                "groups/cpu,cpuacct/cpu.cfs_quota_us": "90000\n",
+                "groups/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            id="version 1",
+        ),
+    ],
+)
+def test_a_quota_of_cpu_time_counts_like_cores(tmp_path, content):
+    assert num_cores_in(tmp_path, content) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({}, id="no groups"),
+        pytest.param({"self": "0::/\n"}, id="no quota"),
+        pytest.param({"self": "0::/\n", "groups/cpu.max": "max 100000\n"}, id="no limit"),
+        pytest.param({"self": "0::/\n", "groups/cpu.max": "6400000 100000\n"}, id="a high one"),
+        pytest.param({"self": "0::/\n", "groups/cpu.max": "what is this"}, id="nonsense"),
+        pytest.param(
+            {
+                "self": "1:cpu:/\n",
+                "groups/cpu/cpu.cfs_quota_us": "-1\n",
+                "groups/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            id="no limit in version 1",
+        ),
+    ],
+)
+def test_without_a_quota_the_cores_of_the_set_count(tmp_path, content):
+    assert num_cores_in(tmp_path, content) == len(MINE)

@@ -18,8 +18,8 @@ def num_cores(
 ) -> int:
     """Return how many cores this process may use.
 
-    By its CPU set and, on Linux, by the quotas of its control groups. That is how `docker run --cpus`
-    and the limits of Kubernetes reach it: it sees every core and gets the time of a few.
+    By its CPU set and, on Linux, by the quotas of its control groups: with `docker run --cpus` and
+    the limits of Kubernetes it sees every core and gets the time of a few.
 
     Args:
         groups: Where the kernel says in which groups this process is.

@@ -114,8 +114,8 @@ def test_the_service_is_given_options_that_it_has(config):
     (target,) = [x["target"] for x in service["volumes"] if x["type"] == "bind"]
     assert given["codebook"] == [target]
     assert str(given["key_file"]) == service["secrets"][0]["target"]
-    limits = service["deploy"]["resources"]["limits"]
-    assert read_limits(given["limit"]).lanes == int(limits["cpus"])
+    assert read_limits(given["limit"]).lanes == 0  # as many as the quota of the container allows
+    assert int(service["deploy"]["resources"]["limits"]["cpus"]) > 0
     assert service["build"]["args"].keys() <= Dockerfile("service").arguments.keys()
     assert Path(service["build"]["context"]) == ROOT
     assert (ROOT / service["build"]["dockerfile"]).exists()

@@ -6,17 +6,18 @@ where there are none, as on a CPU, the lanes do that too.
     file -> [undecoded] -> a decoder or a lane -> [views] -> a lane gathers a batch -> its turn
 
 A lane takes what is there as soon as it is free. Of several lanes that run at once, each takes half
-its share, because everyone in a batch waits for the last of it; once a full batch waits, all but a
-quarter of one, because a backlog is left behind sooner in large batches. A lane that has a batch
-and no turn, because the device is busy with that of another lane, keeps adding to it until it is
-full or the turn comes: the next batch is copied together while this one runs, and nothing is bound
-to it earlier than needed. One lane at a time gathers.
+its share, because everyone in a batch waits for the last of it; once half a batch waits for each of
+them, one and a half times its share, because large batches are faster through a backlog. A lane that
+has a batch and no turn, because the device is busy with that of another lane, keeps adding to it
+until it is full or the turn comes: the next batch is copied together while this one runs, and
+nothing is bound to it earlier than needed. One lane at a time gathers.
 
 Lanes that decode make views as long as there are fewer than the next batch takes.
 """
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -317,13 +318,15 @@ class Pending:
 
     def _share(self, num_pictures: int) -> int:
         """Return how many of the pictures that wait one batch takes."""
-        if self._num_turns == 1:
+        num_turns = self._num_turns
+        if num_turns == 1:
             return min(self.max_batch, num_pictures)
-        if num_pictures >= self.max_batch:  # a lane that is free before more come has the rest
-            return min(self.max_batch, num_pictures - self.max_batch // 4)
+        if 2 * num_pictures >= num_turns * self.max_batch:
+            # By the time the others are free, those who are answered now will have asked again.
+            return min(self.max_batch, math.ceil(1.5 * num_pictures / num_turns))
         # A batch saves a CPU little. Half a share leaves to the other lanes what they can begin
         # before this one would be done with it.
-        return -(-num_pictures // (2 * self._num_turns))
+        return math.ceil(num_pictures / num_turns / 2)
 
     def _take_undecoded(self) -> Item:
         self.num_decoding += 1

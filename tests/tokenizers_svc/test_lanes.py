@@ -82,7 +82,7 @@ def test_lanes_take_of_a_few_pictures_one_at_a_time():
     assert pending.num_waiting == 2
 
 
-def test_a_lane_takes_half_its_share_while_less_than_a_full_batch_waits():
+def test_a_lane_takes_half_its_share_while_less_than_half_a_batch_waits_for_each():
     pending = pending_views(7, crew=TWO_LANES, max_batch=8)
     sizes = []
     while pending.num_waiting:
@@ -92,10 +92,13 @@ def test_a_lane_takes_half_its_share_while_less_than_a_full_batch_waits():
     assert sizes == [2, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("num_waiting", "taken"), [(8, 6), (9, 7), (10, 8), (28, 8)])
-def test_of_a_backlog_a_lane_leaves_a_quarter_of_a_batch(num_waiting, taken):
-    pending = pending_views(num_waiting, crew=TWO_LANES, max_batch=8)
-    assert len(gathered(pending).items) == taken
+@pytest.mark.parametrize(
+    ("num_lanes", "num_waiting", "taken"),
+    [(2, 8, 6), (2, 9, 7), (2, 10, 8), (2, 28, 8), (8, 8, 1), (8, 31, 2), (8, 32, 6), (8, 64, 8)],
+)
+def test_of_a_backlog_a_lane_takes_more_than_its_share(num_lanes, num_waiting, taken):
+    crew = Crew(num_lanes, num_turns=num_lanes)
+    assert len(gathered(pending_views(num_waiting, crew=crew, max_batch=8)).items) == taken
 
 
 def test_a_lane_that_has_its_share_does_not_linger_while_others_wait():

@@ -7,9 +7,9 @@ where there are none, as on a CPU, the lanes do that too.
 
 A lane takes what is there as soon as it is free. Of several lanes that run at once, each takes half
 its share, because everyone in a batch waits for the last of it; once half a batch waits for each of
-them, one and a half times its share, because large batches are faster through a backlog. A lane that
-has a batch and no turn, because the device is busy with that of another lane, keeps adding to it
-until it is full or the turn comes: the next batch is copied together while this one runs, and
+them, one and a half times its share, because large batches are faster through a backlog. A lane
+that has a batch and no turn, because the device is busy with that of another lane, keeps adding to
+it until it is full or the turn comes: the next batch is copied together while this one runs, and
 nothing is bound to it earlier than needed. One lane at a time gathers.
 
 Lanes that decode make views as long as there are fewer than the next batch takes.

@@ -74,6 +74,14 @@ def verify(
         raise ConfigError(
             f"--codebook {codebook} is a copy to repair with. Add --repair, or leave it out."
         )
+    if not (repair or retokenize):
+        given = {"--images": images, "--weights": weights, "--device": device}
+        for option, value in given.items():
+            if value not in (None, "auto"):
+                raise ConfigError(
+                    f"{option} {value} is to repair or to tokenise again with, and digests alone "
+                    "are checked. Add --repair or --retokenize, or leave it out."
+                )
     with Steps("verifying", "units") as progress:
         report = job.run(
             cache,

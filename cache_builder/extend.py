@@ -61,8 +61,8 @@ def run(options: ExtendOptions, progress: Progress | None = None) -> BuildSummar
 
     Raises:
         ArtifactError: The cache is unfinished or damaged, or a codebook is.
-        ConfigError: There would be fewer views than there are, or they were given; or payloads are
-            asked for and no tokenizer is added.
+        ConfigError: There would be fewer views than there are, or they were given; payloads are
+            asked for and no tokenizer is added; or images are named that the cache holds.
         CacheInUseError: Another driver writes there.
     """
     _refuse_lone_payloads(options)
@@ -74,6 +74,10 @@ def run(options: ExtendOptions, progress: Progress | None = None) -> BuildSummar
             raise ConfigError(
                 f"The views of {options.cache} were given when it was imported; no others can be "
                 "drawn beside them. Build a cache from its images."
+            )
+        if options.images is not None and manifest.spec.images_in_cache != "none":
+            raise ConfigError(
+                f"{options.cache} holds its images, and is extended from them. Leave --images out."
             )
         plan = read_model(BuildPlan, store, PLAN_NAME)
         layers = _missing(options, _tokenizers(options, store, manifest))

@@ -25,7 +25,7 @@ from torch import Tensor
 from cache_builder import __version__
 from cache_builder.errors import ConfigError, SourceError
 from cache_builder.formats.codebook import MAX_VOCAB_SIZE, Codebook
-from cache_builder.formats.codebook_header import Metric
+from cache_builder.formats.codebook_header import ExtractorSpec, Metric
 from cache_builder.kmeans import Fit, fit_centroids
 from cache_builder.point_shards import RemoteShard, ShardedPoints, pieces
 from cache_builder.points import PointSet
@@ -106,7 +106,7 @@ def run(options: FitOptions, progress: FitReports | None = None) -> FitSummary:
     _check(options)
     device = choose_device(options.device)
     extractor = make_extractor(options.features, device)
-    warm_start = _warm_start(options)
+    warm_start = _warm_start(options, extractor.spec)
     listing = open_source(options.images).scan(None)
     with _sample_store(options) as store:
         sample = draw_sample(
@@ -173,15 +173,24 @@ def _sample_store(options: FitOptions) -> Iterator[Path]:
     shutil.rmtree(store, ignore_errors=True)
 
 
-def _warm_start(options: FitOptions) -> Tensor | None:
+def _warm_start(options: FitOptions, extractor: ExtractorSpec) -> Tensor | None:
     """Return the centroids (M, K, D) to start from.
 
+    Other weights of the same model may be what somebody wants; another model is a mistake, even
+    where its features have as many values.
+
     Raises:
-        ConfigError: They are those of another number of stages or centroids.
+        ConfigError: They are of another model or layer, or not as many as this fit makes.
     """
     if options.warm_start is None:
         return None
     codebook = Codebook.load(options.warm_start)
+    known = codebook.extractor
+    if (known.id, known.layer) != (extractor.id, extractor.layer):
+        raise ConfigError(
+            f"{options.warm_start} has centroids of {_named(known)}, but this fit is of "
+            f"{_named(extractor)}. Pass a codebook of the same features, or leave --warm-start out."
+        )
     shape = (codebook.num_stages, codebook.vocab_size)
     if shape != (options.stages, options.k):
         raise ConfigError(
@@ -189,6 +198,10 @@ def _warm_start(options: FitOptions) -> Tensor | None:
             f"makes {options.stages} of {options.k:,}. Use its --stages and -k."
         )
     return torch.from_numpy(codebook.centroids)
+
+
+def _named(extractor: ExtractorSpec) -> str:
+    return f"{extractor.id}, {extractor.layer}" if extractor.layer else extractor.id
 
 
 def _fit_stages(

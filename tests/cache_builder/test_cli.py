@@ -95,6 +95,14 @@ def test_wrong_usage_exits_with_2(patchcache, words):
             "verify cache --codebook codebook.safetensors",
             "patchcache verify: --codebook codebook.safetensors is a copy to repair with. Add --re",
         ),
+        (
+            "verify cache --images elsewhere",
+            "patchcache verify: --images elsewhere is to repair or to tokenise again with, and di",
+        ),
+        (
+            "verify cache --device cpu",
+            "patchcache verify: --device cpu is to repair or to tokenise again with, and digests",
+        ),
         ("verify .", "patchcache verify: . is not a cache: it has neither manifest.json nor"),
         (
             "build --images x --codebook nowhere --out cache",

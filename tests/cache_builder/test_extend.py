@@ -152,6 +152,12 @@ def test_a_cache_with_images_is_extended_without_its_source(make, images):
     assert samples_of(cache)[0].token_ids.shape == (4, 4, 4)
 
 
+def test_other_images_for_a_cache_that_holds_its_own_are_refused(make, images):
+    cache = make()
+    with pytest.raises(ConfigError, match=r"holds its images.*Leave --images out"):
+        grow(cache, num_views=4, images=str(images))
+
+
 def test_a_cache_without_images_asks_for_them(make, images):
     cache = make(images_in_cache="none")
     moved = images.rename(images.with_name("moved"))

@@ -197,6 +197,17 @@ def test_a_codebook_of_another_size_is_no_start(tmp_path, images):
         fit.run(options(images, tmp_path / "d.safetensors", k=7, warm_start=start))
 
 
+def test_a_codebook_of_another_model_is_no_start(tmp_path, images):
+    start = tmp_path / "c.safetensors"
+    book = factories.colour_codebook()
+    spec = book.extractor.model_copy(update={"id": "timm:other", "layer": "blocks.3"})
+    Codebook(
+        book.centroids, book.counts, metric=book.metric, pixel_rule=book.pixel_rule, extractor=spec
+    ).save(start)
+    with pytest.raises(ConfigError, match=r"centroids of timm:other, blocks.3, but .* of pixel\."):
+        fit.run(options(images, tmp_path / "d.safetensors", k=6, warm_start=start))
+
+
 def test_a_number_of_patches_and_images_per_class_exclude_each_other(tmp_path, images):
     with pytest.raises(ConfigError, match="--sample and --images-per-class exclude each other"):
         fit.run(options(images, tmp_path / "d.safetensors", sample=100, images_per_class=2))

@@ -3,13 +3,14 @@
 A lane computes without the interpreter's lock for a millisecond at a time; the event loop works in
 between, and holds the lock while it does. Left alone, the kernel moves lanes after it from core to
 core, away from the centroids in their caches, or lets a lane that wakes up push it aside in the
-middle of its work, and then nobody gets on. So each lane stays where it is, and pushes nobody.
+middle of its work, and then nobody gets on. So each lane stays where it is, if that can do no harm,
+and pushes nobody.
 """
 
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -72,11 +73,18 @@ def _quota(folder: Path) -> float:
     return cores
 
 
-def settle_lane(number: int, num_lanes: int) -> None:
+def settle_lane(number: int, num_lanes: int, devices: Path = Path("/sys/devices")) -> None:
     """Bind the calling thread, lane `number` of `num_lanes`, to a core, if there is one for each.
 
     Where there are more cores than lanes, others may have started lanes on the first of them, and
-    the kernel knows better. Nothing happens on systems that cannot do this or do not allow it.
+    where cores are not alike, or two are one core with two threads, it matters which of them a few
+    pictures go to: then the kernel knows better. Nothing happens on systems that cannot do this or
+    do not allow it.
+
+    Args:
+        number: From 0.
+        num_lanes: Of one tokenizer.
+        devices: Where the kernel describes the cores.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
@@ -84,5 +92,23 @@ def settle_lane(number: int, num_lanes: int) -> None:
         # Its share of the core stays what it was; it takes it when the others let it.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         cores = sorted(os.sched_getaffinity(0))
-        if len(cores) == num_lanes:
+        if len(cores) == num_lanes and _are_alike(cores, devices):
             os.sched_setaffinity(0, {cores[number]})
+
+
+def _are_alike(cores: Sequence[int], devices: Path) -> bool:
+    """Whether every one of these is a core of its own, and all are of one kind.
+
+    Raises:
+        OSError: The kernel does not say.
+    """
+    if (devices / "cpu_atom").exists():  # the smaller ones of two kinds, on x86
+        return False
+    capacities = set()
+    for core in cores:
+        folder = devices / "system/cpu" / f"cpu{core}"
+        if (folder / "topology/thread_siblings_list").read_text().strip() != str(core):
+            return False
+        capacity = folder / "cpu_capacity"  # on ARM
+        capacities.add(capacity.read_text() if capacity.exists() else "")
+    return len(capacities) == 1

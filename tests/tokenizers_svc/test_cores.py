@@ -9,7 +9,7 @@ import pytest
 from tests.factories import write_folder
 from tests.tokenizers_svc.support import WatchedTokenizer
 from tests.tokenizers_svc.test_batcher import Started
-from tokenizers_svc.cores import num_cores
+from tokenizers_svc.cores import num_cores, settle_lane
 from tokenizers_svc.pending import Crew
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +19,7 @@ MINE = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 
 def settled(num_lanes, *, have_cores=True):
-    """The cores and the policy of every lane at work, and those of the thread that started them."""
+    """The cores and the policy of every lane at work."""
     crew = Crew(num_lanes, num_turns=num_lanes, torch_threads=1, have_cores=have_cores)
 
     async def scenario():
@@ -37,13 +37,57 @@ def settled(num_lanes, *, have_cores=True):
     return sorted(lanes)
 
 
-def test_where_there_is_a_core_for_each_lane_it_stays_there_and_pushes_nobody_aside():
-    assert settled(len(MINE)) == [((core,), os.SCHED_BATCH) for core in MINE]
+def settled_on(folder, content=None, siblings="{core}"):
+    """The cores of the lanes, one for each of ours, on a machine that the kernel describes so."""
+    described = {
+        f"system/cpu/cpu{core}/topology/thread_siblings_list": siblings.format(core=core) + "\n"
+        for core in MINE
+    }
+    write_folder(
+        folder, {name: text.encode() for name, text in (described | (content or {})).items()}
+    )
+    found = []
+
+    def settle(number):
+        settle_lane(number, len(MINE), folder)
+        found.append(tuple(sorted(os.sched_getaffinity(0))))
+
+    for number in range(len(MINE)):
+        thread = threading.Thread(target=settle, args=(number,))
+        thread.start()
+        thread.join()
+    return found
+
+
+def test_lanes_push_nobody_aside():
+    assert {policy for _, policy in settled(len(MINE))} == {os.SCHED_BATCH}
+
+
+def test_where_there_is_a_core_for_each_lane_it_stays_there(tmp_path):
+    assert settled_on(tmp_path) == [(core,) for core in MINE]
 
 
 @pytest.mark.skipif(len(MINE) < 2, reason="there is one core")
 def test_where_there_are_more_cores_than_lanes_the_kernel_chooses():
     assert settled(len(MINE) - 1) == [(tuple(MINE), os.SCHED_BATCH)] * (len(MINE) - 1)
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param({"siblings": "{core},64"}, id="two threads of one core"),
+        pytest.param({"content": {"cpu_atom/cpus": "8-15"}}, id="two kinds on x86"),
+        pytest.param({"siblings": ""}, id="nothing is said"),
+    ],
+)
+def test_where_cores_are_not_alike_the_kernel_chooses(tmp_path, machine):
+    assert settled_on(tmp_path, **machine) == [tuple(MINE)] * len(MINE)
+
+
+@pytest.mark.skipif(len(MINE) < 2, reason="there is one core")
+def test_where_cores_differ_in_capacity_the_kernel_chooses(tmp_path):
+    capacities = {f"system/cpu/cpu{core}/cpu_capacity": f"{core}" for core in MINE}
+    assert settled_on(tmp_path, capacities) == [tuple(MINE)] * len(MINE)
 
 
 def test_lanes_in_front_of_a_device_stay_as_they_are():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cache_builder.tokenizers import PatchTokenizer
 from tokenizers_svc.batcher import Batcher
+from tokenizers_svc.cores import num_cores
 from tokenizers_svc.decoding import make_view
 from tokenizers_svc.limits import Limits
 from tokenizers_svc.pending import Crew
@@ -37,7 +38,7 @@ class Service:
 
     def __init__(self, codebook: str) -> None:
         """Load."""
-        limits = Limits().resolved(on_cpu=True, num_cores=torch.get_num_threads())
+        limits = Limits().resolved(on_cpu=True, num_cores=num_cores())
         self.budget, self.max_pixels = PixelBudget(limits.max_decoding_pixels), limits.max_pixels
         self.tokenizer = PatchTokenizer.load(codebook)
         crew = Crew.for_device(torch.device("cpu"), num_lanes=limits.lanes, num_decoders=0)

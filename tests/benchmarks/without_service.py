@@ -5,7 +5,6 @@ In processes that decode, crop and encode and do nothing else, and in a queue th
 
 import heapq
 import multiprocessing
-import os
 import random
 import time
 from pathlib import Path
@@ -18,8 +17,9 @@ from cache_builder.formats.codebook_header import PixelRule
 from cache_builder.formats.views import centre_square
 from cache_builder.imaging import apply_view, decode
 from cache_builder.tokenizers import PatchTokenizer
+from tokenizers_svc.cores import num_cores
 
-NUM_CORES = len(os.sched_getaffinity(0))
+NUM_CORES = num_cores()
 
 
 def offline_rate(codebook: Path, photos: list[str], batch: int, seconds: float) -> float:

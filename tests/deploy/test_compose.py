@@ -114,8 +114,9 @@ def test_the_service_is_given_options_that_it_has(config):
     (target,) = [x["target"] for x in service["volumes"] if x["type"] == "bind"]
     assert given["codebook"] == [target]
     assert str(given["key_file"]) == service["secrets"][0]["target"]
-    assert read_limits(given["limit"]).lanes == 0  # as many as the quota of the container allows
-    assert int(service["deploy"]["resources"]["limits"]["cpus"]) > 0
+    limits = read_limits(given["limit"])
+    assert limits.lanes == 0  # as many as the quota of the container allows
+    assert limits.decode_threads == int(service["deploy"]["resources"]["limits"]["cpus"])
     assert service["build"]["args"].keys() <= Dockerfile("service").arguments.keys()
     assert Path(service["build"]["context"]) == ROOT
     assert (ROOT / service["build"]["dockerfile"]).exists()

@@ -104,55 +104,42 @@ def test_a_system_that_refuses_is_no_reason_to_stop(monkeypatch):
     assert cores == {tuple(MINE)}
 
 
-def num_cores_in(folder, content):
-    """How many cores there are where the kernel's files hold `content`."""
-    write_folder(folder, {name: text.encode() for name, text in content.items()})
-    return num_cores(folder / "self", folder / "groups")
+def version_1(controllers, quota):
+    """The kernel's files of a container that sees its own group as the root of the tree."""
+    group = f"groups/{controllers}"
+    return {
+        "self": f"3:cpuset:/\n2:{controllers}:/docker/0a\n",
+        f"{group}/cpu.cfs_quota_us": f"{quota}\n",
+        f"{group}/cpu.cfs_period_us": "100000\n",
+    }
+
+
+def version_2(limit):
+    """The kernel's files of a container."""
+    return {"self": "0::/\n", "groups/cpu.max": f"{limit}\n"}
+
+
+NESTED = {
+    "self": "0::/a/b\n",
+    "groups/a/cpu.max": "50000 100000\n",
+    "groups/a/b/cpu.max": "max 100000\n",
+}
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "cores"),
     [
-        pytest.param({"self": "0::/\n", "groups/cpu.max": "100000 100000\n"}, id="a container"),
-        pytest.param(
-            {
-                "self": "0::/a/b\n",
-                "groups/a/cpu.max": "50000 100000",
-                "groups/a/b/cpu.max": "max 9",
-            },
-            id="a service within a slice",
-        ),
-        pytest.param(
-            {
-                "self": "3:cpuset:/\n2:cpu,cpuacct:/docker/0a\n",
-                "groups/cpu,cpuacct/cpu.cfs_quota_us": "90000\n",
-                "groups/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
-            },
-            id="version 1",
-        ),
+        pytest.param(version_2("100000 100000"), 1, id="a container"),
+        pytest.param(NESTED, 1, id="a service within a slice"),
+        pytest.param(version_1("cpu,cpuacct", 90000), 1, id="version 1"),
+        pytest.param({}, len(MINE), id="no groups"),
+        pytest.param({"self": "0::/\n"}, len(MINE), id="no quota"),
+        pytest.param(version_2("max 100000"), len(MINE), id="no limit"),
+        pytest.param(version_2(f"{len(MINE) + 1}00000 100000"), len(MINE), id="a high one"),
+        pytest.param(version_2("what is this"), len(MINE), id="nonsense"),
+        pytest.param(version_1("cpu", -1), len(MINE), id="no limit in version 1"),
     ],
 )
-def test_a_quota_of_cpu_time_counts_like_cores(tmp_path, content):
-    assert num_cores_in(tmp_path, content) == 1
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param({}, id="no groups"),
-        pytest.param({"self": "0::/\n"}, id="no quota"),
-        pytest.param({"self": "0::/\n", "groups/cpu.max": "max 100000\n"}, id="no limit"),
-        pytest.param({"self": "0::/\n", "groups/cpu.max": "6400000 100000\n"}, id="a high one"),
-        pytest.param({"self": "0::/\n", "groups/cpu.max": "what is this"}, id="nonsense"),
-        pytest.param(
-            {
-                "self": "1:cpu:/\n",
-                "groups/cpu/cpu.cfs_quota_us": "-1\n",
-                "groups/cpu/cpu.cfs_period_us": "100000\n",
-            },
-            id="no limit in version 1",
-        ),
-    ],
-)
-def test_without_a_quota_the_cores_of_the_set_count(tmp_path, content):
-    assert num_cores_in(tmp_path, content) == len(MINE)
+def test_a_quota_of_cpu_time_counts_like_cores_and_adds_none(tmp_path, content, cores):
+    write_folder(tmp_path, {name: text.encode() for name, text in content.items()})
+    assert num_cores(tmp_path / "self", tmp_path / "groups") == cores

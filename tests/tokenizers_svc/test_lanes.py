@@ -65,14 +65,15 @@ def test_lanes_run_batches_at_the_same_time():
 def test_pictures_that_come_one_by_one_have_the_lane_whose_caches_are_warm():
     async def scenario():
         async with Started(WatchedTokenizer(), crew=Crew(num_lanes=3, num_turns=3)) as batcher:
+            everyone = threading.Barrier(3)  # a lane that is still to come would be the last
+            await asyncio.gather(*(batcher.call(lambda _: everyone.wait(20)) for _ in range(3)))
             lanes = []
             for _ in range(12):
+                await asyncio.sleep(0.01)  # until they are asleep again
                 lanes.append(await batcher.call(lambda _: threading.current_thread().name))
-                await asyncio.sleep(0.01)  # until it is asleep again
             return lanes
 
-    lanes = asyncio.run(scenario())
-    assert len(set(lanes[1:])) == 1
+    assert len(set(asyncio.run(scenario()))) == 1
 
 
 def test_lanes_take_of_a_few_pictures_one_at_a_time():
